@@ -1,0 +1,46 @@
+# `make demo` and `make test` do all the set-up on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Where pip would fetch PyTorch's CUDA build and you want the CPU one:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+JOBS ?= 2
+
+.PHONY: demo test test-slow lint format bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(if $(TORCH_INDEX),$(BIN)/pip install -q -c constraints.txt torch --index-url $(TORCH_INDEX))
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed  ## train a tiny model through SFT, reward model and DPO
+	$(BIN)/trueup demo
+
+test: $(VENV)/.installed  ## the everyday tests
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -q
+
+test-slow: $(VENV)/.installed  ## the long tests
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -q -m slow --timeout 3600
+
+lint: $(VENV)/.installed  ## style, types and layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed  ## rewrite the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed  ## step times beside TRL, in an environment of its own
+	$(PYTHON) benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) .venv-trl .pytest_cache .ruff_cache build src/*.egg-info

@@ -1,0 +1,61 @@
+"""Typed errors. Each says where, what and the way out; the command line turns them into exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class TrueupError(Exception):
+    """A mistake that the user can mend.
+
+    ``what`` happened, ``where`` (file and line, config key, column, sample), and the ``way_out``.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, way_out: str | None = None) -> None:
+        self.what, self.where, self.way_out = what, where, way_out
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{head}\n  → {self.way_out}" if self.way_out else head
+
+
+class SettingsError(TrueupError):
+    """An unknown, missing, contradictory or out-of-range setting."""
+
+
+class DataError(TrueupError):
+    """A file or row that can't be read as what it should be."""
+
+
+class ModelError(TrueupError):
+    """A model, tokenizer or template that can't be loaded or used."""
+
+
+class CheckpointError(TrueupError):
+    """A run folder or checkpoint that is missing, cut short or belongs to other settings."""
+
+
+class NonFiniteError(TrueupError):
+    """Too many losses or gradients that are not finite numbers."""
+
+
+class MissingExtraError(TrueupError):
+    """An optional package is needed; the message names the extra that brings it."""
+
+
+def require_extra(module: str, extra: str) -> ModuleType:
+    """Import an optional module, or say in one line which extra brings it.
+
+    Raises ``MissingExtraError``.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.split(".")[0]:
+            raise
+        raise MissingExtraError(
+            f"this needs the package '{module.split('.')[0]}', which is not installed",
+            way_out=f"pip install 'trueup[{extra}]'",
+        ) from error

@@ -1,0 +1,1 @@
+"""Tabular Markov decision processes: the exact truth that estimators are tested against."""

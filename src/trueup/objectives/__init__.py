@@ -1,0 +1,1 @@
+"""Pure tensor functions: every formula of the project, each with its source. Torch only."""

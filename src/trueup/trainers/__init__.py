@@ -1,0 +1,1 @@
+"""The training loops, one readable function each, and their settings."""
