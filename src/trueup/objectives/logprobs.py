@@ -1,0 +1,281 @@
+"""Log-probabilities and entropies of tokens and sequences, with or without the matrix of logits.
+
+The logits of a batch are its largest tensor by far: 1,024 tokens over a vocabulary of 49,152 are 200 MB in float32,
+and a plain log-softmax with its backward pass holds several of them. ``linear_logprobs`` goes from hidden states
+straight to log-probabilities, one tile of tokens × vocabulary at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def token_logprobs(
+    logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"], *, temperature: float = 1.0
+) -> Float[Tensor, "*batch"]:
+    """Log-probability of each target token.
+
+        log p(t) = z_t − log Σ_v exp(z_v),   z = logits / temperature
+
+    Natural logarithm; bfloat16 and float16 logits are raised to float32. Raises ``ValueError`` unless temperature > 0.
+    """
+    _require_positive("temperature", temperature)
+    scaled = _raised(logits) / temperature
+    return scaled.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
+
+
+def entropy(logits: Float[Tensor, "*batch vocab"], *, temperature: float = 1.0) -> Float[Tensor, "*batch"]:
+    """Entropy of the next token in nats.
+
+        H = −Σ_v p_v·log p_v,   p = softmax(logits / temperature)
+
+    bfloat16 and float16 logits are raised to float32. Raises ``ValueError`` unless temperature > 0.
+    """
+    _require_positive("temperature", temperature)
+    logprobs = (_raised(logits) / temperature).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def sequence_logprobs(
+    logprobs: Float[Tensor, "*batch time"], mask: Bool[Tensor, "*batch time"]
+) -> Float[Tensor, "*batch"]:
+    """Log-probability of each sequence: the sum over the tokens that its mask selects.
+
+        log π(y|x) = Σ_t m_t·log π(y_t | x, y_<t)
+
+    What lies under False may be anything, infinities included, and gets no gradient. Nothing selected gives 0.
+    """
+    return logprobs.masked_fill(~mask, 0.0).sum(-1)
+
+
+def linear_logprobs(
+    hidden: Float[Tensor, "tokens dim"],
+    weight: Float[Tensor, "vocab dim"],
+    targets: Int[Tensor, " tokens"],
+    *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    chunk_size: int = 1024,
+    vocab_chunk_size: int = 1024,
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"] | None]:
+    """Log-probability of each target under a linear head, and the entropy, without the matrix of logits.
+
+        a = scale·(W·h + b)
+        z = a / temperature,   with a soft cap: softcap·tanh(a / softcap) / temperature
+        log p(t) = z_t − log Σ_v exp(z_v),   H = −Σ_v p_v·log p_v
+
+    The order is that of transformers: Cohere's ``logit_scale`` and the inverse of Granite's ``logits_scaling`` are the
+    scale, Gemma 2's ``final_logit_softcapping`` is the cap. Results are float32 (float64 for float64 input) in nats.
+    Gradients flow to ``hidden``, ``weight`` and ``bias`` from both results, once (no second derivative); what needs no
+    gradient costs none.
+
+    Neither pass ever holds more logits than a few tiles of ``chunk_size`` tokens × ``vocab_chunk_size`` entries.
+    Kept for the backward pass are the inputs and one or two numbers a token; it computes the tiles anew. Half-precision
+    inputs are multiplied in their own type (or in float32, where a CPU is faster in it); softmax and all sums over
+    tiles are in float32.
+
+    Raises ``ValueError`` for inputs of different types, a temperature, soft cap or tile that is not positive, and a
+    target outside the vocabulary (on an accelerator, where the check would wait for the device, its result is NaN).
+    Source: the running log-sum-exp over blocks is Milakov & Gimelshein 2018 (arXiv 1805.02867); a loss over vocabulary
+    tiles with recomputation, Wijmans et al. 2024 (arXiv 2411.09009).
+    """
+    _require_positive("temperature", temperature)
+    _require_positive("chunk_size", chunk_size)
+    _require_positive("vocab_chunk_size", vocab_chunk_size)
+    if softcap is not None:
+        _require_positive("softcap", softcap)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise ValueError(f"hidden is {hidden.dtype} but {name} is {tensor.dtype}: cast one to the other's type")
+    if hidden.device.type == "cpu" and bool(((targets < 0) | (targets >= len(weight))).any()):
+        raise ValueError(f"a target lies outside the vocabulary of {len(weight)} entries")
+    head = _Head(scale, softcap, temperature, chunk_size, vocab_chunk_size)
+    return _LinearLogprobs.apply(hidden, weight, bias, targets.long(), head, with_entropy)  # pyright: ignore[reportReturnType]
+
+
+class _Head(NamedTuple):
+    """What stands between the product and the softmax, and the size of a tile."""
+
+    scale: float
+    softcap: float | None
+    temperature: float
+    chunk_size: int
+    vocab_chunk_size: int
+
+
+class _Tiles:
+    """The logits of a head, one tile of tokens × vocabulary at a time, in room that is used again and again.
+
+    Both passes visit a slice of the vocabulary with all tokens, then the next slice: the slice of the weights is read
+    once, and its gradient is finished before the next begins.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head) -> None:
+        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.factor_dtype = _factor_dtype(hidden)
+        self.hidden, self.weight, self.bias, self.targets, self.head = hidden, weight, bias, targets, head
+        self.factors = hidden.to(self.factor_dtype)
+        self.rows = _slices(len(hidden), head.chunk_size)
+        self.columns = _slices(len(weight), head.vocab_chunk_size)
+        self.buffers: dict[str, Tensor] = {}
+
+    def room(self, name: str, shape: torch.Size | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor on memory that every tile reuses under this name; the first tile is the largest."""
+        size = math.prod(shape)
+        if name not in self.buffers:
+            self.buffers[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.hidden.device)
+        return self.buffers[name][:size].view(shape)
+
+    def weights(self, columns: slice) -> tuple[Tensor, Tensor | None]:
+        bias = None if self.bias is None else self.bias[columns].to(self.factor_dtype)
+        return self.weight[columns].to(self.factor_dtype), bias
+
+    def logits(self, rows: slice, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """z of one tile."""
+        head, factors = self.head, self.factors[rows]
+        shape = (len(factors), len(weight))
+        slope = head.scale / (head.temperature if head.softcap is None else head.softcap)
+        z = product = self.room("z", shape)
+        if self.factor_dtype != self.dtype:
+            product = self.room("product", shape, self.factor_dtype)
+        if bias is None:
+            product.addmm_(factors, weight.t(), beta=0, alpha=slope)
+        else:
+            torch.addmm(bias, factors, weight.t(), beta=slope, alpha=slope, out=product)
+        if product is not z:
+            z.copy_(product)
+        return z if head.softcap is None else z.tanh_().mul_(head.softcap / head.temperature)
+
+    def target(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """The column of each token's target in this slice of the vocabulary, [rows, 1], and whether it is in it."""
+        position = self.targets[rows] - columns.start
+        inside = (position >= 0) & (position < columns.stop - columns.start)
+        return position.clamp(0, columns.stop - columns.start - 1).unsqueeze(1), inside
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        tiles = _Tiles(hidden, weight, bias, targets, head)
+        new = partial(torch.empty, dtype=tiles.dtype, device=hidden.device)
+        peaks, log_totals, entropies = (new(len(hidden), len(tiles.columns)) for _ in range(3))
+        target_logits = new(len(hidden)).fill_(torch.nan)
+        for block, columns in enumerate(tiles.columns):
+            weights = tiles.weights(columns)
+            for rows in tiles.rows:
+                z = tiles.logits(rows, *weights)
+                position, inside = tiles.target(rows, columns)
+                target_logits[rows] = torch.where(inside, z.gather(1, position).squeeze(1), target_logits[rows])
+                peak = z.amax(-1)
+                z.sub_(peak.unsqueeze(1))
+                exponentials = torch.exp(z, out=tiles.room("exponentials", z.shape)) if with_entropy else z.exp_()
+                total = exponentials.sum(-1)
+                peaks[rows, block], log_totals[rows, block] = peak, total.log()
+                if with_entropy:
+                    entropies[rows, block] = total.log() - exponentials.mul_(z).sum(-1) / total
+
+        peak = peaks.amax(-1)
+        log_masses = log_totals + (peaks - peak.unsqueeze(1))
+        log_total = log_masses.logsumexp(-1)
+        logprobs = (target_logits - peak) - log_total
+        total_entropy = None
+        if with_entropy:
+            # The chain rule of entropy: first which slice of the vocabulary, then which entry of it.
+            log_shares = log_masses - log_total.unsqueeze(1)
+            total_entropy = (log_shares.exp() * (entropies - log_shares)).sum(-1)
+
+        ctx.save_for_backward(hidden, weight, bias, targets, peak + log_total, total_entropy)
+        ctx.head = head
+        ctx.set_materialize_grads(False)
+        return logprobs, total_entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, log_partition, total_entropy = ctx.saved_tensors
+        head: _Head = ctx.head
+        tiles = _Tiles(hidden, weight, bias, targets, head)
+        slope = head.scale / head.temperature
+        pull = torch.zeros_like(log_partition) if grad_logprobs is None else grad_logprobs * slope
+        spread = None if grad_entropy is None else grad_entropy * slope
+
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden, dtype=tiles.dtype) if wants_hidden else None
+        grad_weight = torch.empty_like(weight) if wants_weight else None
+        grad_bias = torch.empty_like(bias) if wants_bias else None
+        for columns in tiles.columns:
+            weights = tiles.weights(columns)
+            weight_sum = tiles.room("weight_sum", weights[0].shape).zero_() if wants_weight else None
+            bias_sum = tiles.room("bias_sum", weights[0].shape[:1]).zero_() if wants_bias else None
+            for rows in tiles.rows:
+                grad = tiles.logits(rows, *weights)
+                if head.softcap is not None:
+                    bend = torch.mul(grad, head.temperature / head.softcap, out=tiles.room("bend", grad.shape))
+                    bend.square_().neg_().add_(1)
+                # dL/dz = p·(−g − e·(log p + H)), + g at the target; g, e: the gradients of log-probability and entropy.
+                grad.sub_(log_partition[rows].unsqueeze(1))
+                if spread is None:
+                    grad.exp_().mul_(-pull[rows].unsqueeze(1))
+                else:
+                    probs = torch.exp(grad, out=tiles.room("probs", grad.shape))
+                    grad.add_(total_entropy[rows].unsqueeze(1)).mul_(-spread[rows].unsqueeze(1))
+                    grad.sub_(pull[rows].unsqueeze(1)).mul_(probs)
+                position, inside = tiles.target(rows, columns)
+                grad.scatter_add_(1, position, torch.where(inside, pull[rows], 0).unsqueeze(1))
+                if head.softcap is not None:
+                    grad.mul_(bend)
+                if bias_sum is not None:
+                    bias_sum.add_(grad.sum(0))
+                if tiles.factor_dtype != tiles.dtype:
+                    grad = tiles.room("product", grad.shape, tiles.factor_dtype).copy_(grad)
+                if grad_hidden is not None:
+                    _add_product(grad_hidden[rows], grad, weights[0])
+                if weight_sum is not None:
+                    _add_product(weight_sum, grad.t(), tiles.factors[rows])
+            if grad_weight is not None and weight_sum is not None:
+                grad_weight[columns] = weight_sum
+            if grad_bias is not None and bias_sum is not None:
+                grad_bias[columns] = bias_sum
+        return (None if grad_hidden is None else grad_hidden.to(hidden.dtype)), grad_weight, grad_bias, None, None, None
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left·right, summed in the type of the total."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
+
+
+def _factor_dtype(hidden: Tensor) -> torch.dtype:
+    """The type in which matrices are multiplied: a CPU without instructions for half precision is faster in float32."""
+    if hidden.device.type != "cpu" or hidden.dtype not in (torch.bfloat16, torch.float16):
+        return hidden.dtype
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    native = ("amx_bf16", "avx512_bf16", "bf16") if hidden.dtype == torch.bfloat16 else ("amx_fp16", "avx512_fp16")
+    return hidden.dtype if any(has.get(name) for name in native) else torch.float32
+
+
+def _raised(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def _require_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
