@@ -1,0 +1,242 @@
+"""The run folder: settings, environment, metrics and samples of one run.
+
+::
+
+    runs/NAME/
+      config.yaml         every setting; ``trueup COMMAND --config config.yaml`` repeats the run
+      environment.json    versions, machine, threads, git revision, command line
+      metrics.jsonl       one JSON object a line: ``step`` and flat metric names
+      samples.jsonl       one JSON object a line: ``step`` and what the model wrote
+      checkpoints/        see ``checkpoint.py``
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from trueup.errors import CheckpointError, SettingsError
+from trueup.runs.files import write_atomic
+from trueup.runs.settings import to_yaml, values_from_yaml
+
+_PACKAGES = ("trueup", "torch", "transformers", "numpy", "safetensors", "peft", "datasets", "tokenizers")
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """One run's folder. Make one with ``RunFolder.create``."""
+
+    path: Path
+
+    @classmethod
+    def create(
+        cls, path: str | Path, settings: Any, *, resume: bool = False, may_change: Iterable[str] = ()
+    ) -> RunFolder:
+        """Make the folder and write ``config.yaml`` and ``environment.json``.
+
+        With ``resume`` the folder may hold a run already: its ``config.yaml`` is then compared with ``settings`` (the
+        fields in ``may_change`` apart) and rewritten, and the new environment is added to ``environment.json`` under
+        ``resumed``. Resuming a folder that holds nothing is starting it, so that one command serves first start and
+        restart.
+
+        Raises ``SettingsError`` for a folder that isn't empty without ``resume``, or that can't be made, and
+        ``CheckpointError`` for one that was written with other settings or isn't a run folder.
+        """
+        folder = cls(Path(path))
+        config, environment = folder.path / "config.yaml", folder.path / "environment.json"
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            occupied = any(folder.path.iterdir())
+        except OSError as error:
+            raise SettingsError(f"can't make the run folder: {error.strerror}", where=str(path)) from error
+        if occupied and not resume:
+            raise SettingsError(
+                "the run folder is not empty",
+                where=str(path),
+                way_out="name another one, delete it, or go on with it: --resume auto",
+            )
+        record = environment_record()
+        if occupied:
+            if not config.is_file():
+                raise CheckpointError(
+                    "not a run folder: it has no config.yaml", where=str(path), way_out="name another one"
+                )
+            _check_same(config, settings, frozenset(may_change))
+            if environment.is_file():
+                first = json.loads(environment.read_text(encoding="utf-8"))
+                record = first | {"resumed": [*first.get("resumed", []), record]}
+        write_atomic(environment, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(config, to_yaml(settings))
+        return folder
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Append one line to ``metrics.jsonl``: ``step``, then the metrics in the order given.
+
+        Values are numbers (Python's, NumPy's or tensors of one element), strings, booleans or None. JSON has no NaN and
+        no infinities: they are written as the strings "NaN", "Infinity", "-Infinity", which ``read_lines`` and Python's
+        ``float`` turn back.
+        Raises ``TypeError`` for any other value.
+        """
+        _append(self.metrics, [{"step": step, **metrics}])
+
+    def log_samples(self, samples: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Append one line per sample to ``samples.jsonl``: ``step``, then the sample's fields (as in ``log``)."""
+        _append(self.samples, [{"step": step, **sample} for sample in samples])
+
+    def truncate_after(self, step: int) -> None:
+        """Forget what was logged after ``step``, and a last line that was only half written.
+
+        A run that is resumed from the checkpoint of ``step`` writes those lines again; −1 forgets everything.
+        Each file is replaced in one step, and only if it changes.
+        """
+        for path in (self.metrics, self.samples):
+            if path.is_file():
+                text = path.read_bytes().decode("utf-8", errors="replace")
+                kept = "".join(_lines_until(text, step))
+                if kept != text:
+                    write_atomic(path, kept)
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl`` or ``samples.jsonl``, with NaN and infinities as floats again.
+
+    A last line that was cut in the middle (the run was killed, or is writing) is left out.
+    """
+    text = Path(path).read_bytes().decode("utf-8", errors="replace")
+    return [{name: _read_value(name, value) for name, value in record.items()} for _, record in _records(text)]
+
+
+def environment_record() -> dict[str, Any]:
+    """What the run's numbers may depend on beside its settings: versions, machine, threads, code, command line."""
+    record = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "argv": sys.argv,
+        "python": platform.python_version(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "num_cpus": os.cpu_count(),
+        "git": _git_revision(),
+    }
+    # Asking for threads and devices must not be what loads PyTorch.
+    if torch := sys.modules.get("torch"):
+        record["num_threads"] = torch.get_num_threads()
+        if torch.cuda.is_available():
+            record["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+            record["cuda"] = torch.version.cuda
+    return record
+
+
+def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    lines = [
+        json.dumps({name: _plain(name, value) for name, value in record.items()}, ensure_ascii=False, allow_nan=False)
+        for record in records
+    ]
+    # Opened for each call: closing flushes, and nothing is held open over a crash.
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(line + "\n" for line in lines))
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A value that JSON can hold."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(f"{name}.{key}", inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(f"{name}[{index}]", inner) for index, inner in enumerate(value)]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    raise TypeError(f"{name}: a {type(value).__name__} can't be logged")
+
+
+def _read_value(name: str, value: Any) -> Any:
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _records(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each whole line and its record, up to the first that is cut."""
+    for line in text.splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            return
+        if not line.endswith("\n") or not isinstance(record, dict):
+            return
+        yield line, record
+
+
+def _lines_until(text: str, step: int) -> Iterator[str]:
+    return (line for line, record in _records(text) if record["step"] <= step)
+
+
+def _check_same(config: Path, settings: Any, may_change: frozenset[str]) -> None:
+    old, new = values_from_yaml(config.read_text(encoding="utf-8")), values_from_yaml(to_yaml(settings))
+    changed = [key for key in sorted(old.keys() | new.keys()) if key not in may_change and old.get(key) != new.get(key)]
+    if changed:
+        listed = "; ".join(
+            f"{key}: {old.get(key, 'not there')} then, {new.get(key, 'not there')} now" for key in changed
+        )
+        raise CheckpointError(
+            f"this run was started with other settings ({listed})",
+            where=str(config),
+            way_out=f"resume with --config {config}, or start a new run in another folder",
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def _git_revision() -> dict[str, Any] | None:
+    """Revision of the checkout the run was started in, and whether tracked files were changed; None outside of one."""
+    try:
+        revision = _git("rev-parse", "HEAD")
+        return {"revision": revision, "changed": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
