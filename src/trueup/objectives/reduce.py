@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from trueup.objectives.shapes import fill_masked
+
 Denominator = int | float | Float[Tensor, ""] | Int[Tensor, ""]
 
 
@@ -28,7 +30,7 @@ def sequence_sum(
     reduction of REINFORCE and RLOO (Williams 1992; Ahmadian et al. 2024, arXiv 2402.14740).
     Raises ``ValueError`` if the shapes differ.
     """
-    return _masked(values, mask).sum(-1)
+    return fill_masked(values, mask).sum(-1)
 
 
 def token_mean(
@@ -41,12 +43,12 @@ def token_mean(
         L = 1/D · Σ_i Σ_t m_it · x_it,    D = Σ_i Σ_t m_it unless given
 
     Shapes: values and mask [..., T] → scalar. ``denominator``: scored tokens in the whole batch, for micro-batches.
-    Without any scored token the result is 0. The reduction of PPO and DAPO (Yu et al. 2025, arXiv 2503.14476, eq. 8).
+    Without any scored token the result is 0. The reduction of PPO and DAPO (Yu et al. 2025, arXiv 2503.14476).
     Raises ``ValueError`` if the shapes differ or the denominator isn't positive.
     """
     if denominator is None:
         denominator = _counts(values, mask).sum().clamp(min=1)
-    return _divide(_masked(values, mask).sum(), denominator)
+    return _divide(fill_masked(values, mask).sum(), denominator)
 
 
 def sequence_mean(
@@ -64,7 +66,7 @@ def sequence_mean(
     Raises ``ValueError`` if the shapes differ or the denominator isn't positive.
     """
     counts = _counts(values, mask)
-    means = _masked(values, mask).sum(-1) / counts.clamp(min=1)
+    means = fill_masked(values, mask).sum(-1) / counts.clamp(min=1)
     return _divide(means.sum(), max(counts.numel(), 1) if denominator is None else denominator)
 
 
@@ -83,16 +85,8 @@ def constant_length_mean(
     The reduction of Dr.GRPO (Liu et al. 2025, arXiv 2503.20783).
     Raises ``ValueError`` if the shapes differ or the length or the denominator isn't positive.
     """
-    sums = _masked(values, mask).sum(-1)
+    sums = fill_masked(values, mask).sum(-1)
     return _divide(sums.sum() / _positive(length), max(sums.numel(), 1) if denominator is None else denominator)
-
-
-def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return values
-    if mask.shape != values.shape:
-        raise ValueError(f"mask {tuple(mask.shape)} and values {tuple(values.shape)} differ in shape")
-    return torch.where(mask, values, 0.0)
 
 
 def _counts(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,0 +1,213 @@
+"""Advantages: how much better a step, or a completion, was than expected.
+
+Steps: ``td_errors`` and ``gae``, with the conventions of ``returns`` (time last, discounts, ``truncated``, ``mask``).
+Completions: comparisons inside a group ``[..., K]`` of completions of one prompt. Nothing here whitens, clips or
+rescales on its own: ``whiten`` is a step of its own, and takes its statistics from the whole batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from trueup.objectives.returns import lambda_returns
+from trueup.objectives.shapes import fill_masked, require_same_shape
+
+
+def td_errors(
+    rewards: Float[Tensor, "*batch t"],
+    discounts: Float[Tensor, "*batch t"],
+    values: Float[Tensor, "*batch t"],
+    next_values: Float[Tensor, "*batch t"],
+    *,
+    mask: Bool[Tensor, "*batch t"] | None = None,
+) -> Float[Tensor, "*batch t"]:
+    """One-step temporal-difference errors.
+
+        δ_t = r_t + d_t · V(s_{t+1}) − V(s_t)
+
+    With the true values of the policy, the mean of δ_t given (s_t, a_t) is the advantage A(s_t, a_t).
+    Shapes: all [..., T]; 0 where masked. Units: those of the rewards. Raises ``ValueError`` if the shapes differ.
+    Source: Sutton 1988; Sutton & Barto 2018, eq. 6.5.
+    """
+    return gae(rewards, discounts, values, next_values, gae_lambda=0.0, mask=mask)
+
+
+def gae(
+    rewards: Float[Tensor, "*batch t"],
+    discounts: Float[Tensor, "*batch t"],
+    values: Float[Tensor, "*batch t"],
+    next_values: Float[Tensor, "*batch t"],
+    *,
+    gae_lambda: float,
+    truncated: Bool[Tensor, "*batch t"] | None = None,
+    mask: Bool[Tensor, "*batch t"] | None = None,
+) -> Float[Tensor, "*batch t"]:
+    """Generalised advantage estimation: TD errors, summed with weights λ^l times the discounts between.
+
+        A_t = δ_t + d_t · λ · A_{t+1},    and where cut:    A_t = δ_t          (for a constant γ: Σ_l (γλ)^l δ_{t+l})
+
+    Equals the λ-return minus the value. λ = 0: the TD error; λ = 1: bootstrapped return − value, unbiased whatever the
+    values are, if the last bootstrap is.
+    Shapes: all [..., T]; 0 where masked. Units: those of the rewards.
+    ``next_values`` usually is ``returns.next_values(values, bootstrap, mask)``.
+    Raises ``ValueError`` if the shapes differ or λ lies outside [0, 1].
+    Source: Schulman et al. 2016 (arXiv 1506.02438), eq. 16.
+    """
+    require_same_shape(rewards, discounts=discounts, values=values, next_values=next_values)
+    # Written with TD errors, not as λ-return − V: no large numbers are subtracted.
+    errors = rewards + discounts * next_values - values
+    return lambda_returns(
+        errors, discounts, torch.zeros_like(errors), lambda_=gae_lambda, truncated=truncated, mask=mask
+    )
+
+
+def group_centered(scores: Float[Tensor, "*groups k"]) -> Float[Tensor, "*groups k"]:
+    """Each completion's score minus the mean score of its group.
+
+        A_i = r_i − 1/k · Σ_j r_j
+
+    Its own score is part of the baseline, so the policy gradient shrinks by (k−1)/k (``leave_one_out`` does not).
+    Shapes: [..., K] → [..., K]. Units: those of the scores. A group whose scores are all equal gives exactly 0.
+    The advantage of Dr.GRPO (Liu et al. 2025, arXiv 2503.20783).
+    """
+    # Measured from the lowest score, equal scores are all exactly 0, whatever the rounding of their mean.
+    above = scores - scores.amin(-1, keepdim=True)
+    return above - above.mean(-1, keepdim=True)
+
+
+def group_normalized(scores: Float[Tensor, "*groups k"], *, ddof: int, eps: float) -> Float[Tensor, "*groups k"]:
+    """Group-centred scores divided by the group's standard deviation.
+
+        A_i = (r_i − mean_j r_j) / (std_j r_j + ε),    std² = 1/(k − ddof) · Σ_j (r_j − mean r)²
+
+    Groups of all difficulties get the same spread. That rescales each prompt's reward by 1/std, so together with a KL
+    term the optimum is not π_ref·exp(r/β) any more. ``ddof``: 0 for the population's, 1 for the sample's standard
+    deviation (torch's and TRL's). ``eps`` is added to the standard deviation, in units of the scores.
+    Shapes: [..., K] → [..., K], without units. A group whose scores are all equal (max = min: rounding can leave its
+    computed std above 0) gives exactly 0, with ε = 0 too.
+    Raises ``ValueError`` for k ≤ ddof or negative ε.
+    The advantage of GRPO with outcome rewards (Shao et al. 2024, arXiv 2402.03300, §4.1.2).
+    """
+    if scores.shape[-1] <= ddof:
+        raise ValueError(f"a group of {scores.shape[-1]} has no standard deviation with ddof={ddof}")
+    if eps < 0:
+        raise ValueError(f"eps can't be negative, as {eps} is")
+    centered = group_centered(scores)
+    std = (centered.square().sum(-1, keepdim=True) / (scores.shape[-1] - ddof)).sqrt()
+    equal = scores.amax(-1, keepdim=True) == scores.amin(-1, keepdim=True)
+    return centered / torch.where(equal, 1.0, std + eps)
+
+
+def leave_one_out(scores: Float[Tensor, "*groups k"]) -> Float[Tensor, "*groups k"]:
+    """Each completion's score minus the mean score of its k−1 siblings.
+
+        A_i = r_i − 1/(k−1) · Σ_{j≠i} r_j
+
+    Unbiased: the baseline of i does not depend on i. Equals ``k/(k−1) * group_centered(scores)``.
+    Shapes: [..., K] → [..., K]. Units: those of the scores. A group whose scores are all equal gives exactly 0.
+    Raises ``ValueError`` for k = 1, which has no siblings.
+    Source: Kool et al. 2019 ("Buy 4 REINFORCE samples, get a baseline for free"); for language models Ahmadian et al.
+    2024 (arXiv 2402.14740).
+    """
+    k = scores.shape[-1]
+    if k < 2:
+        raise ValueError(f"a group of {k} has no siblings to leave one out from")
+    return group_centered(scores) * (k / (k - 1))
+
+
+def running_mean(
+    mean: Float[Tensor, ""], num_scores: int, scores: Float[Tensor, "*batch"]
+) -> tuple[Float[Tensor, ""], int]:
+    """The mean of all scores so far, moved on by one batch: a constant baseline for REINFORCE.
+
+        n' = n + |batch|,    b' = b + 1/n' · Σ_i (r_i − b)
+
+    Use the mean from *before* the batch as its baseline: then it doesn't depend on the batch's actions and adds no
+    bias. Start with mean 0 and ``num_scores`` 0. Shapes: [] and [...] → the new mean, [], and count. Units: scores.
+    Source: Williams 1992 (reinforcement baseline).
+    """
+    total = num_scores + scores.numel()
+    return (mean + (scores - mean).sum() / max(total, 1)), total
+
+
+def optimal_baseline(returns: Float[Tensor, "*batch"], squared_norms: Float[Tensor, "*batch"]) -> Float[Tensor, ""]:
+    """The constant baseline with the least variance of the gradient estimate.
+
+        b* = E[‖∇log π(τ)‖² · R(τ)] / E[‖∇log π(τ)‖²]
+
+    Shapes: returns and squared gradient norms of the trajectories' log-probs, [...] each → scalar; to weigh
+    trajectories, multiply ``squared_norms`` with their probabilities. Units: those of the returns.
+    Raises ``ValueError`` if the shapes differ.
+    Source: Greensmith, Bartlett & Baxter 2004 (optimal constant baseline).
+    """
+    require_same_shape(returns, squared_norms=squared_norms)
+    return (squared_norms * returns).sum() / squared_norms.sum()
+
+
+class Statistics(NamedTuple):
+    """Count, mean and population variance of the scored entries of a batch, as scalars."""
+
+    count: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+def statistics_of(x: Float[Tensor, "*batch"], mask: Bool[Tensor, "*batch"] | None = None) -> Statistics:
+    """Count, mean and population variance of the scored entries.
+
+    Computed around the smallest entry, so that equal entries have that very mean and variance 0, without rounding.
+    Shapes: any, mask alike → three scalars. No entry scored: count 0, mean 0, variance 0.
+    Raises ``ValueError`` if the shapes differ.
+    """
+    require_same_shape(x, mask=mask)
+    scored = x if mask is None else x[mask]
+    if scored.numel() == 0:
+        return Statistics(x.new_zeros(()), x.new_zeros(()), x.new_zeros(()))
+    lowest = scored.min()
+    mean = (scored - lowest).mean()
+    return Statistics(x.new_tensor(scored.numel()), lowest + mean, (scored - lowest - mean).square().mean())
+
+
+def merge_statistics(first: Statistics, second: Statistics) -> Statistics:
+    """Statistics of two batches together, as if they had been one: for micro-batches and several machines.
+
+        n = n₁ + n₂,    μ = μ₁ + Δ·n₂/n,    σ² = (n₁σ₁² + n₂σ₂²)/n + Δ²·n₁n₂/n²,    Δ = μ₂ − μ₁
+
+    Source: Chan, Golub & LeVeque 1983 (pairwise updating of means and variances).
+    """
+    count = first.count + second.count
+    share = second.count / count.clamp(min=1)
+    gap = second.mean - first.mean
+    variance = first.variance + share * (second.variance - first.variance) + gap.square() * share * (1 - share)
+    return Statistics(count, first.mean + gap * share, variance)
+
+
+def whiten(
+    x: Float[Tensor, "*batch"],
+    mask: Bool[Tensor, "*batch"] | None = None,
+    statistics: Statistics | None = None,
+    *,
+    center: bool = True,
+    eps: float = 1e-8,
+) -> Float[Tensor, "*batch"]:
+    """Shift and scale to mean 0 and standard deviation 1.
+
+        y = (x − μ) / (σ + ε),    and with ``center=False``:    y = (x − μ) / (σ + ε) + μ
+
+    μ and σ (population) are those of the scored entries of ``x``, or the ``statistics`` of the whole batch, which makes
+    micro-batches agree with the one big batch. ``center=False`` changes the spread and keeps the mean.
+    Shapes: any, mask alike; 0 where masked. Without units if centred. Entries that are all equal give exactly 0.
+    Couples all entries: advantages whitened over a batch are no longer unbiased.
+    Raises ``ValueError`` if the shapes differ.
+    Source: the advantage normalisation of PPO implementations (Huang et al. 2022, "The 37 implementation details of
+    proximal policy optimization"); REINFORCE++ (Hu 2025, arXiv 2501.03262).
+    """
+    _, mean, variance = statistics_of(x, mask) if statistics is None else statistics
+    y = (x - mean) / (variance.sqrt() + eps)
+    if not center:
+        y = y + mean
+    return fill_masked(y, mask)
