@@ -1,0 +1,127 @@
+"""The loop that the offline trainers share: one batch, its micro-batches, one optimiser step; evaluate, save, resume.
+
+What a trainer adds is its loss. A loss is given the groups of a micro-batch, their tree batch, and the totals of the
+whole step; it returns its share of the step's loss, and metrics as one value per token, completion or pair.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trueup.data.collate import micro_batches
+from trueup.models.tree import TreeBatch, tree_batch
+from trueup.records import CompletionGroup
+from trueup.runs.statistics import accuracy_interval, length_matched_accuracy
+from trueup.trainers.inputs import Inputs
+from trueup.trainers.session import RunResult, Session
+from trueup.trainers.stepping import Stepper
+from trueup.trainers.tally import Tally, Totals
+
+StepLoss = Callable[[Sequence[CompletionGroup], TreeBatch, Totals], tuple[Tensor, dict[str, Tensor]]]
+
+
+def fit(
+    session: Session,
+    inputs: Inputs,
+    scorer: nn.Module,
+    *,
+    loss: StepLoss,
+    save_model: Callable[[Path], None],
+    write_samples: Callable[[int], None] = lambda step: None,
+    accuracy: str | None = None,
+) -> RunResult:
+    """Minimise ``loss`` over the steps of ``inputs``; evaluates at step 0, every ``eval_every`` steps and at the end.
+
+    ``accuracy`` names the metric of 0, ½ and 1 that gets an interval and its length-matched form in evaluations.
+    Raises ``NonFiniteError`` after ``max_skipped_steps`` steps without a finite loss or gradient, and
+    ``KeyboardInterrupt`` after an interrupt, once the step is finished and saved.
+    """
+    settings = session.settings
+    device = next(scorer.parameters()).device
+    stepper = Stepper(scorer, settings, inputs.num_steps)
+
+    def measure(groups: Sequence[CompletionGroup], *, learn: bool) -> Tally:
+        tally, totals = Tally(), Totals.of(groups)
+        for micro in micro_batches(groups, settings.tokens_per_batch):
+            chosen = [groups[index] for index in micro]
+            batch = tree_batch(chosen, device)
+            share, metrics = loss(chosen, batch, totals)
+            if learn:
+                share.backward()
+            tally.add(share, metrics, tokens=len(batch.tokens))
+        return tally
+
+    def evaluate(step: int) -> dict[str, float]:
+        scorer.eval()
+        metrics = {}
+        if inputs.held_out:
+            with torch.no_grad():
+                tally = measure(inputs.held_out, learn=False)
+            metrics = {f"eval_{name}": value for name, value in summary(tally, accuracy).items()}
+            session.folder.log(metrics, step)
+        write_samples(step)
+        scorer.train()
+        return metrics
+
+    start, counters = session.restore(stepper)
+    evaluated: dict[str, float] = {}
+    trained: dict[str, float] = {}
+    scorer.train()
+    with session.running(start, inputs.num_steps) as progress:
+        if start == 0:
+            evaluated = evaluate(0)
+        for step, epoch, groups in inputs.steps(start):
+            began, done = time.perf_counter(), step + 1
+            tally = measure(groups, learn=True)
+            grad_norm, learning_rate = stepper.step(step) if math.isfinite(tally.loss) else stepper.skip()
+            seconds = time.perf_counter() - began
+            counters.num_tokens += tally.tokens
+            counters.skipped_steps += not math.isfinite(grad_norm)
+            trained = tally.means() | {
+                "grad_norm": grad_norm,
+                "learning_rate": learning_rate,
+                "epoch": epoch,
+                **vars(counters),
+                "step_seconds": seconds,
+                "tokens_per_second": tally.tokens / seconds,
+            }
+            session.folder.log(trained, done)
+            progress.step(num_tokens=tally.tokens, metrics={"loss": tally.loss})
+            if not math.isfinite(grad_norm):
+                session.skipped(groups, done, counters)
+
+            last = done == inputs.num_steps
+            if last or due(done, settings.eval_every):
+                evaluated = evaluate(done)
+            if last or due(done, settings.save_every) or session.interrupt.requested:
+                session.save(done, stepper, counters, save_model)
+            if session.interrupt.requested and not last:
+                raise KeyboardInterrupt
+    return session.result(evaluated or trained)
+
+
+def due(step: int, every: int | None) -> bool:
+    """Is it time for what happens every ``every`` steps?"""
+    return every is not None and step % every == 0
+
+
+def summary(tally: Tally, accuracy: str | None) -> dict[str, float]:
+    """Means of an evaluation; the accuracy with its 95 % interval, and with the lengths of the sides balanced."""
+    metrics = tally.means()
+    if accuracy is None:
+        return metrics
+    outcomes, gaps = tally.all(accuracy).numpy(), tally.all("length_gap").numpy()
+    named: Iterable[tuple[str, tuple[float, float, float]]] = (
+        (accuracy, accuracy_interval(outcomes)),
+        (f"{accuracy}_length_matched", length_matched_accuracy(outcomes, gaps)),
+        (f"{accuracy}_longer_answer", accuracy_interval(0.5 * (1 + (gaps > 0) - (gaps < 0)))),
+    )
+    for name, (mean, low, high) in named:
+        metrics |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+    return metrics

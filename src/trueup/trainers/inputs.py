@@ -1,0 +1,147 @@
+"""From the settings' files, or from objects, to the groups of every step and the held-out groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any, Literal
+
+from trueup.data.chat import TokenizeSettings, tokenize_group
+from trueup.data.collate import batches, num_steps, split_holdout
+from trueup.data.formats import ReadReport, read_examples
+from trueup.errors import DataError, SettingsError
+from trueup.records import CompletionGroup, RankedCompletions
+from trueup.trainers.settings import TrainSettings
+
+Task = Literal["sft", "preference"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a loop reads."""
+
+    num_steps: int
+    steps: Callable[[int], Iterator[tuple[int, float, list[CompletionGroup]]]]
+    """From a step number on: (step, epochs done when it is over, the groups of the step)."""
+    held_out: list[CompletionGroup]
+    sampled: list[CompletionGroup]
+    """The groups whose prompts are answered at every evaluation."""
+
+
+def load_inputs(
+    settings: TrainSettings,
+    tokenizer: Any,
+    *,
+    task: Task,
+    say: Callable[[str], None],
+    data: Any = None,
+    eval_data: Any = None,
+) -> Inputs:
+    """Read, split, tokenise. What was read, dropped and cut is told in one line each for training and held-out data.
+
+    ``data`` and ``eval_data``: rows, a ``datasets`` object or ``CompletionGroup`` objects, in place of the settings'.
+    Raises ``SettingsError`` without data, ``DataError`` for what can't be read and where no row is left.
+    """
+    source = data if data is not None else settings.data
+    held_out_source = eval_data if eval_data is not None else settings.eval_data
+    if not _is_given(source):
+        raise SettingsError("no training data is given", where="--data", way_out="--data FILE.jsonl")
+
+    def read(source: Any, report: ReadReport, limit: int | None = None) -> Iterator[RankedCompletions]:
+        return islice(read_examples(source, task=task, data_format=settings.data_format, report=report), limit)
+
+    def tokenize(examples: Iterable[RankedCompletions], report: ReadReport) -> Iterator[CompletionGroup]:
+        how = TokenizeSettings(
+            max_length=settings.max_length,
+            max_prompt_length=settings.max_prompt_length,
+            overlong_prompt=settings.overlong_prompt,
+        )
+        groups = (tokenize_group(tokenizer, example, how, report) for example in examples)
+        return (group for group in groups if group is not None)
+
+    def held_out_groups() -> list[CompletionGroup]:
+        if not _is_given(held_out_source):
+            return []
+        if _is_tokenized(held_out_source):
+            return list(held_out_source)
+        report = ReadReport()
+        groups = list(tokenize(read(held_out_source, report), report))
+        say(f"held-out data: {report.summary()}")
+        return groups
+
+    if settings.streaming:
+
+        def stream() -> Iterator[CompletionGroup]:
+            return iter(source) if _is_tokenized(source) else tokenize(read(source, report), report)
+
+        report = ReadReport()
+        held_out = held_out_groups()
+        return Inputs(
+            num_steps=settings.max_steps or 0,
+            steps=lambda start: _stream_steps(stream, settings, start),
+            held_out=held_out,
+            sampled=held_out[: settings.num_samples],
+        )
+
+    if _is_tokenized(source):
+        groups, held_out = list(source)[: settings.limit], held_out_groups()
+    else:
+        report = ReadReport()
+        examples, held_out_examples = split_holdout(list(read(source, report, settings.limit)), settings.holdout)
+        groups = list(tokenize(examples, report))
+        held_out = list(tokenize(held_out_examples, report)) if held_out_examples else held_out_groups()
+        say(f"data: {report.summary()}; {len(groups):,} to train on, {len(held_out):,} held out")
+    if not groups:
+        raise DataError("no row is left to train on", where=_name(source), way_out="look at it: trueup data check FILE")
+    total = num_steps(len(groups), settings.batch_size, settings.num_epochs)
+    return Inputs(
+        num_steps=min(total, settings.max_steps or total),
+        steps=lambda start: _shuffled_steps(groups, settings, start),
+        held_out=held_out,
+        sampled=(held_out or groups)[: settings.num_samples],
+    )
+
+
+def _shuffled_steps(
+    groups: Sequence[CompletionGroup], settings: TrainSettings, start: int
+) -> Iterator[tuple[int, float, list[CompletionGroup]]]:
+    per_epoch = num_steps(len(groups), settings.batch_size, 1)
+    steps = batches(
+        len(groups), settings.batch_size, seed=settings.seed, num_epochs=settings.num_epochs, start_step=start
+    )
+    for step, _, indices in steps:
+        if settings.max_steps is not None and step >= settings.max_steps:
+            return
+        yield step, (step + 1) / per_epoch, [groups[index] for index in indices]
+
+
+def _stream_steps(
+    stream: Callable[[], Iterator[CompletionGroup]], settings: TrainSettings, start: int
+) -> Iterator[tuple[int, float, list[CompletionGroup]]]:
+    """Batches in the order of the file, from its start again where it ends; what earlier steps took is read over."""
+
+    def endless() -> Iterator[tuple[int, CompletionGroup]]:
+        for epoch in count():
+            number = -1
+            for number, group in enumerate(stream()):
+                yield epoch, group
+            if number < 0:
+                raise DataError("no row is left to train on", where=_name(settings.data))
+
+    rows = islice(endless(), start * settings.batch_size, None)
+    for step in range(start, settings.max_steps or 0):
+        epochs, groups = zip(*islice(rows, settings.batch_size), strict=True)
+        yield step, float(epochs[-1]), list(groups)
+
+
+def _is_given(source: Any) -> bool:
+    return source is not None and not (isinstance(source, tuple | list) and not source)
+
+
+def _is_tokenized(source: Any) -> bool:
+    return isinstance(source, Sequence) and not isinstance(source, str) and isinstance(source[0], CompletionGroup)
+
+
+def _name(source: Any) -> str | None:
+    return ", ".join(source) if isinstance(source, tuple) and all(isinstance(s, str) for s in source) else None

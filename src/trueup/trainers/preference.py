@@ -1,0 +1,197 @@
+"""Preference optimisation: DPO and its family, on pairs and on ranked lists.
+
+DPO as its paper has it, for a step of pairs (x, y_w, y_l):
+
+    1. log π_θ(y | x) and log π_ref(y | x) of both completions
+    2. implicit rewards  r̂ = β (log π_θ − log π_ref)
+    3. loss  −log σ(r̂_w − r̂_l),  mean over the pairs
+    4. one optimiser step on θ; π_ref stays
+
+The other losses change line 3 only: ``LOSSES`` is the table.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trueup.errors import SettingsError
+from trueup.models.adapters import reference_mode
+from trueup.models.load import load_model
+from trueup.models.scorer import Scorer, prepare_scorer
+from trueup.models.tree import TreeBatch
+from trueup.objectives import preference as objectives
+from trueup.objectives.logprobs import sequence_logprobs
+from trueup.records import CompletionGroup
+from trueup.trainers.fit import fit
+from trueup.trainers.inputs import load_inputs
+from trueup.trainers.ranked import ordered_pairs, outcomes, ranked_mask, ranked_rows
+from trueup.trainers.samples import write_samples
+from trueup.trainers.session import RunResult, open_session
+from trueup.trainers.settings import PreferenceSettings, SFTSettings, TrainSettings
+from trueup.trainers.sft import train_sft
+from trueup.trainers.tally import Totals
+from trueup.trainers.trained_model import load_trained, save_trained
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a loss sees of a step: sequence log-probs of the policy and of the reference, ``[N, K]``, best first."""
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    lengths: Tensor
+    """Scored tokens of each completion."""
+    mask: Tensor
+    """Where a row has a completion."""
+
+    @property
+    def policy_pair(self) -> tuple[Tensor, Tensor]:
+        return self.logprobs[:, 0], self.logprobs[:, 1]
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return *self.policy_pair, self.ref_logprobs[:, 0], self.ref_logprobs[:, 1]
+
+    @property
+    def pair_lengths(self) -> dict[str, Tensor]:
+        return {"chosen_lengths": self.lengths[:, 0], "rejected_lengths": self.lengths[:, 1]}
+
+
+Loss = Callable[[Compared, PreferenceSettings], Tensor]
+
+LOSSES: dict[str, Loss] = {
+    "dpo": lambda x, s: objectives.dpo(*x.pair, beta=s.beta),
+    "conservative_dpo": lambda x, s: objectives.conservative_dpo(
+        *x.pair, beta=s.beta, label_smoothing=s.label_smoothing
+    ),
+    "robust_dpo": lambda x, s: objectives.robust_dpo(*x.pair, beta=s.beta, label_smoothing=s.label_smoothing),
+    "ipo": lambda x, s: objectives.ipo(*x.pair, beta=s.beta),
+    "hinge": lambda x, s: objectives.hinge(*x.pair, beta=s.beta),
+    "rpo": lambda x, s: objectives.rpo(*x.pair, beta=s.beta, alpha=s.alpha, chosen_lengths=x.lengths[:, 0]),
+    "simpo": lambda x, s: objectives.simpo(*x.policy_pair, **x.pair_lengths, beta=s.beta, margin=s.simpo_margin),
+    "orpo": lambda x, s: objectives.orpo(*x.policy_pair, **x.pair_lengths, coef=s.orpo_coef),
+    "plackett_luce": lambda x, s: objectives.plackett_luce_dpo(x.logprobs, x.ref_logprobs, beta=s.beta, mask=x.mask),
+}
+
+REFERENCE_FREE = {"simpo", "orpo"}
+
+
+def train_preference(
+    settings: PreferenceSettings, *, model: Any = None, tokenizer: Any = None, data: Any = None, eval_data: Any = None
+) -> RunResult:
+    """Fit a causal language model to preferences.
+
+    ``model`` and ``tokenizer`` (objects), ``data`` and ``eval_data`` (rows, a ``datasets`` object or completion groups)
+    take the place of the settings of the same name. Raises ``TrueupError`` for every mistake that the user can mend.
+    """
+    session = open_session("preference", settings)
+    if settings.fit_reference:
+        model, tokenizer = fit_reference(settings, model, tokenizer, data, eval_data)
+    policy, tokenizer = load_trained(settings, model, tokenizer)
+    inputs = load_inputs(settings, tokenizer, task="preference", data=data, eval_data=eval_data, say=session.say)
+    scorer = prepare_scorer(policy)
+    reference = reference_logprobs(settings, policy, scorer)
+
+    def loss(groups: Sequence[CompletionGroup], batch: TreeBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+        def by_prompt(logprobs: Tensor) -> Tensor:
+            return ranked_rows(sequence_logprobs(batch.rows(logprobs), batch.row_mask), groups)
+
+        compared = Compared(
+            logprobs=by_prompt(scorer(batch).logprobs),
+            ref_logprobs=by_prompt(reference(batch)),
+            lengths=ranked_rows(batch.row_mask.sum(-1), groups),
+            mask=ranked_mask(groups, batch.tokens.device),
+        )
+        if settings.loss != "plackett_luce" and compared.mask.shape[1] > 2:
+            where = next(group.where for group in groups if len(group.completions) > 2)
+            raise SettingsError(
+                f"loss {settings.loss} compares pairs, and this row ranks more than two completions",
+                where=where,
+                way_out="--loss plackett_luce takes ranked lists",
+            )
+        losses = LOSSES[settings.loss](compared, settings)
+        return losses.sum() / totals.groups, preference_metrics(compared, settings.beta)
+
+    return fit(
+        session,
+        inputs,
+        scorer,
+        loss=loss,
+        save_model=lambda folder: save_trained(policy, tokenizer, folder),
+        write_samples=lambda step: write_samples(session, policy, tokenizer, inputs.sampled, step),
+        accuracy="rewards/accuracies",
+    )
+
+
+def preference_metrics(compared: Compared, beta: float) -> dict[str, Tensor]:
+    """TRL's names: implicit rewards of the better and the worse completion of every pair, and how they compare."""
+    rewards = objectives.implicit_rewards(compared.logprobs, compared.ref_logprobs, beta=beta)
+    chosen, rejected = ordered_pairs(rewards, compared.mask)
+    chosen_logps, rejected_logps = ordered_pairs(compared.logprobs, compared.mask)
+    chosen_lengths, rejected_lengths = ordered_pairs(compared.lengths, compared.mask)
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": outcomes(chosen, rejected),
+        "logps/chosen": chosen_logps,
+        "logps/rejected": rejected_logps,
+        "length_gap": (chosen_lengths - rejected_lengths).float(),
+    }
+
+
+def reference_logprobs(
+    settings: PreferenceSettings, policy: nn.Module, scorer: Scorer
+) -> Callable[[TreeBatch], Tensor]:
+    """How log π_ref is found: not at all, from a model of its own, with the adapter off, or from a frozen copy."""
+    if settings.loss in REFERENCE_FREE:
+        return lambda batch: torch.zeros_like(batch.targets, dtype=torch.float32)
+    if settings.reference is None and settings.lora_rank > 0:
+
+        def adapter_off(batch: TreeBatch) -> Tensor:
+            with torch.no_grad(), reference_mode(policy):
+                return scorer(batch).logprobs
+
+        return adapter_off
+    if settings.reference is None:
+        frozen = copy.deepcopy(scorer)
+    else:
+        loaded = load_model(settings.reference, dtype=settings.dtype, device=settings.device)
+        frozen = prepare_scorer(loaded.model)
+    frozen.requires_grad_(False).eval()
+
+    def from_copy(batch: TreeBatch) -> Tensor:
+        with torch.no_grad():
+            return frozen(batch).logprobs
+
+    return from_copy
+
+
+def fit_reference(
+    settings: PreferenceSettings, model: Any, tokenizer: Any, data: Any, eval_data: Any
+) -> tuple[Any, Any]:
+    """π_ref = argmax_π E log π(y_w | x): fine-tune on the chosen completions (DPO paper, section 4).
+
+    Needed where the policy that sampled the pairs is unknown: it brings the reference close to the data. Its run lies in
+    the folder ``reference`` of this run; a resumed run takes it from there.
+    """
+    shared = {field.name: getattr(settings, field.name) for field in dataclasses.fields(TrainSettings)}
+    changed = {
+        "output": str(Path(settings.output) / "reference"),
+        "num_epochs": settings.fit_epochs,
+        "learning_rate": settings.fit_learning_rate,
+        "resume": "no" if settings.resume == "no" else "auto",
+    }
+    fitted = train_sft(
+        SFTSettings(**(shared | changed)), model=model, tokenizer=tokenizer, data=data, eval_data=eval_data
+    )
+    loaded = load_model(str(fitted.model_folder), dtype=settings.dtype, device=settings.device)
+    return loaded.model, loaded.tokenizer

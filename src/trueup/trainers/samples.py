@@ -1,0 +1,63 @@
+"""What the model writes to a few fixed prompts, at every evaluation: the quickest way to see a run go wrong."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from trueup.records import CompletionGroup
+from trueup.trainers.session import Session
+
+
+@torch.no_grad()
+def greedy_completions(
+    model: Any, tokenizer: Any, prompts: Sequence[np.ndarray], *, max_new_tokens: int, batch_size: int = 64
+) -> list[list[int]]:
+    """The most likely next tokens, one by one, after each prompt; the end token is left off.
+
+    Prompts of one length run together, so that nothing is padded. Greedy, so that no random stream of training is drawn
+    from.
+    """
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        by_length[len(prompt)].append(index)
+    training = model.training
+    model.eval()
+    completions: dict[int, list[int]] = {}
+    for length, indices in by_length.items():
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            tokens = torch.as_tensor(np.stack([prompts[index] for index in batch]), device=model.device)
+            written = model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.eos_token_id,
+            )[:, length:]
+            for index, row in zip(batch, written.tolist(), strict=True):
+                end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
+                completions[index] = row[:end]
+    model.train(training)
+    return [completions[index] for index in range(len(prompts))]
+
+
+def write_samples(session: Session, model: Any, tokenizer: Any, groups: Sequence[CompletionGroup], step: int) -> None:
+    """Append a greedy completion of each group's prompt to ``samples.jsonl``, as text."""
+    prompts = [group.prompt for group in groups]
+    written = greedy_completions(model, tokenizer, prompts, max_new_tokens=session.settings.sample_tokens)
+    session.folder.log_samples(
+        [
+            {"prompt": tokenizer.decode(prompt.tolist()), "completion": tokenizer.decode(tokens)}
+            for prompt, tokens in zip(prompts, written, strict=True)
+        ],
+        step,
+    )

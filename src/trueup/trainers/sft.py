@@ -1,0 +1,52 @@
+"""Supervised fine-tuning: maximum likelihood of demonstrations.
+
+    maximise  Σ_t log π_θ(y_t | x, y_<t)   over the trained tokens of the demonstrations (x, y)
+
+The mean is over all trained tokens of a step, not a mean of per-row means, so that every token counts the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from trueup.models.scorer import prepare_scorer
+from trueup.models.tree import TreeBatch
+from trueup.objectives.reduce import token_mean
+from trueup.records import CompletionGroup
+from trueup.trainers.fit import fit
+from trueup.trainers.inputs import load_inputs
+from trueup.trainers.samples import write_samples
+from trueup.trainers.session import RunResult, open_session
+from trueup.trainers.settings import SFTSettings
+from trueup.trainers.tally import Totals
+from trueup.trainers.trained_model import load_trained, save_trained
+
+
+def train_sft(
+    settings: SFTSettings, *, model: Any = None, tokenizer: Any = None, data: Any = None, eval_data: Any = None
+) -> RunResult:
+    """Fine-tune a causal language model on demonstrations.
+
+    ``model`` and ``tokenizer`` (objects), ``data`` and ``eval_data`` (rows, a ``datasets`` object or completion groups)
+    take the place of the settings of the same name. Raises ``TrueupError`` for every mistake that the user can mend.
+    """
+    session = open_session("sft", settings)
+    policy, tokenizer = load_trained(settings, model, tokenizer, dropout=True)
+    inputs = load_inputs(settings, tokenizer, task="sft", data=data, eval_data=eval_data, say=session.say)
+    scorer = prepare_scorer(policy)
+
+    def loss(groups: Sequence[CompletionGroup], batch: TreeBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs = scorer(batch).logprobs
+        return token_mean(-logprobs, batch.mask, totals.tokens), {}
+
+    return fit(
+        session,
+        inputs,
+        scorer,
+        loss=loss,
+        save_model=lambda folder: save_trained(policy, tokenizer, folder),
+        write_samples=lambda step: write_samples(session, policy, tokenizer, inputs.sampled, step),
+    )
