@@ -1,0 +1,590 @@
+"""From text to tokens: a prompt once, each completion as generation would see it, and which tokens are trained.
+
+A conversation goes through the tokenizer's chat template. The prompt is rendered with the generation prompt, so that it
+ends where the model begins to write; a completion is what the template puts behind it, up to and with the end-of-turn
+token. Text inside a message can't become a control token: only the template writes those.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from trueup.data.collate import check_fraction, first_human_turn, is_held_out
+from trueup.data.formats import ReadReport, Source, Task, read_examples
+from trueup.errors import DataError, ModelError, SettingsError
+from trueup.records import Completion, CompletionGroup, Message, RankedCompletions, StopReason, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Conversation = tuple[Message, ...]
+
+PLAIN_TEMPLATE = (
+    "{{ start_text }}{% for message in messages %}"
+    "{{ '\\n\\n' if not loop.first else '' }}"
+    "{{ {'user': 'Human', 'assistant': 'Assistant'}.get(message['role'], message['role'] | capitalize) }}: "
+    "{{- ' ' ~ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+)
+"""The built-in template for tokenizers that have none: ``Human: …``, ``Assistant: …`` and the end-of-text token."""
+
+WITHOUT_TEMPLATE = "set chat_template to 'plain' (Human: / Assistant:), or to a Jinja template or a file that holds one"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeSettings:
+    """How text becomes tokens."""
+
+    max_length: int = 1024
+    """Longest prompt plus completion, in tokens. Longer completions are cut (and counted), see overlong_completion."""
+    max_prompt_length: int | None = None
+    """Longest prompt, in tokens; default: max_length - 1."""
+    overlong_prompt: Literal["drop", "keep_end"] = "drop"
+    """What to do with a longer prompt: drop the row, or keep the prompt's last tokens."""
+    overlong_completion: Literal["cut", "drop"] = "cut"
+    """What to do with a longer completion: cut it (its end token is then not trained), or drop the row."""
+    train_turns: Literal["all", "last"] = "all"
+    """Which assistant turns of a demonstration are trained: all of them, or the last one only."""
+    chat_template: str | None = None
+    """Chat template in place of the tokenizer's own: 'plain', a Jinja template, or the path of a file that holds one."""
+    wrap_text: bool = False
+    """Put plain prompts and completions into a user's and an assistant's turn, so that the chat template applies."""
+    special_tokens_in_text: Literal["plain", "token"] = "plain"
+    """What '<|im_end|>' and the like are inside data: plain text, or the token itself. Choose 'token' only for data you
+    trust, where a template was applied beforehand: such text can end a turn and open another."""
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise SettingsError(f"max_length must be at least 2 (a prompt and a completion), not {self.max_length}")
+        if self.max_prompt_length is not None and not 1 <= self.max_prompt_length < self.max_length:
+            raise SettingsError(
+                f"max_prompt_length is {self.max_prompt_length}, but must lie between 1 and max_length - 1",
+                way_out=f"max_length is {self.max_length}; leave room for a completion",
+            )
+
+    @property
+    def prompt_limit(self) -> int:
+        return self.max_length - 1 if self.max_prompt_length is None else self.max_prompt_length
+
+
+# ------------------------------------------------------------------------------------------------- text → tokens
+
+# Unicode noncharacters: no text means anything by them, and those in the data are marked like control tokens.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_MARKED = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+
+
+class _Encoder:
+    """Encodes text so that only what the library and the template write can become a control token.
+
+    ``mark`` replaces control-token text in data by a mark before a template sees it; ``encode`` encodes the rest as
+    usual and what was marked as plain text. Control tokens are all special tokens and those that the template puts
+    around a user's turn; other added tokens (``<think>``, ``<tool_call>``) may be written by anyone.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, control: Sequence[str], *, mark_control: bool) -> None:
+        self._tokenizer = tokenizer
+        self.control = tuple(sorted(control, key=lambda text: (-len(text), text)))
+        self._literals = (*(self.control if mark_control else ()), _OPEN, _CLOSE)
+        self._find = re.compile("|".join(map(re.escape, self._literals)))
+        self._control_ids = {tokenizer.convert_tokens_to_ids(text) for text in self.control}
+        self._plain: dict[int, list[int]] = {}
+        # A tokenizer of the SentencePiece kind puts a space before whatever it is given. In the middle of a text that
+        # would be one too many: encode behind a line break, then take the break away.
+        self._break = self._ids("\n")
+        self._needs_break = self._ids("\nx")[len(self._break) :] != self._ids("x")
+
+    def _ids(self, text: str, **options: Any) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])  # type: ignore[arg-type]
+
+    def mark(self, value: Any) -> Any:
+        """``value`` (a string, or lists and dicts of them) with every control-token text marked."""
+        if isinstance(value, str):
+            return self._find.sub(lambda found: f"{_OPEN}{self._literals.index(found[0])}{_CLOSE}", value)
+        if isinstance(value, Mapping):
+            return {key: self.mark(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.mark(item) for item in value]
+        return value
+
+    def encode(self, marked: str, *, continues: bool) -> list[int]:
+        """Tokens of a marked text, which stands at the beginning or ``continues`` another."""
+        tokens: list[int] = []
+        for index, piece in enumerate(_MARKED.split(marked)):
+            if index % 2:
+                tokens += self._as_plain(int(piece))
+            elif _OPEN in piece or _CLOSE in piece:
+                raise ModelError("the chat template cuts into a message's text", way_out="set another chat_template")
+            elif piece:
+                tokens += self._continued(piece) if continues or tokens else self._ids(piece)
+        return tokens
+
+    def _continued(self, text: str) -> list[int]:
+        if self._needs_break:
+            tokens = self._ids("\n" + text)
+            if tokens[: len(self._break)] == self._break:
+                return tokens[len(self._break) :]
+        return self._ids(text)
+
+    def _as_plain(self, index: int) -> list[int]:
+        if index not in self._plain:
+            self._plain[index] = self._tokens_of_literal(self._literals[index])
+        return self._plain[index]
+
+    def _tokens_of_literal(self, text: str) -> list[int]:
+        whole = self._ids(text, split_special_tokens=True)
+        by_character = itertools.chain.from_iterable(self._ids(character) for character in text)
+        for tokens in (whole, list(by_character)):
+            if not self._control_ids.intersection(tokens):
+                return tokens
+        raise ModelError(
+            f"the tokenizer has no way to write {text!r} as plain text",
+            way_out="remove it from the data, or trust it: special_tokens_in_text='token'",
+        )
+
+    def unmarked(self, marked: str) -> str:
+        """The text as it was."""
+        return _MARKED.sub(lambda found: self._literals[int(found[1])], marked)
+
+
+def _special_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    added = tokenizer.added_tokens_decoder.values()
+    return {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+
+
+def _start_and_end(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int | None]:
+    """(the tokens that the tokenizer puts before plain text, the token that ends it)."""
+    bare = list(tokenizer("x", add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+    full = list(tokenizer("x")["input_ids"])  # type: ignore[arg-type]
+    start = next((at for at in range(len(full)) if full[at : at + len(bare)] == bare), 0)
+    return full[:start], tokenizer.eos_token_id  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------------------------------------------- plain text
+
+
+class _PlainText:
+    """Plain text: the tokenizer's start token, if it adds one, and its end-of-text token behind a completion."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings) -> None:
+        self.start, end = _start_and_end(tokenizer)
+        if end is None:
+            raise ModelError(
+                "the tokenizer has no end-of-text token (eos_token), so a text could not end",
+                way_out="set eos_token in its tokenizer_config.json",
+            )
+        self.end = end
+        self.encoder = _Encoder(
+            tokenizer, list(_special_texts(tokenizer)), mark_control=settings.special_tokens_in_text == "plain"
+        )
+
+    def prompt(self, text: str) -> list[int]:
+        return self.start + self.encoder.encode(self.encoder.mark(text), continues=False)
+
+    def completion(self, text: str, *, continues: bool = True) -> list[int]:
+        tokens = self.encoder.encode(self.encoder.mark(text), continues=continues)
+        # Text that is trusted to hold tokens may bring its own end token.
+        return tokens if tokens and tokens[-1] == self.end else [*tokens, self.end]
+
+
+# -------------------------------------------------------------------------------------------------- conversations
+
+_ANSWER = "The answer stands here."
+
+
+class _Chat:
+    """A tokenizer's chat template, tried once: how it opens an assistant's turn and which token ends it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings) -> None:
+        self._tokenizer = tokenizer
+        self._options = {
+            # Some templates write today's date. Tokens must not depend on the day.
+            "strftime_now": datetime.datetime(2025, 1, 1).strftime,
+            "start_text": tokenizer.decode(_start_and_end(tokenizer)[0]),
+        }
+        self._template = _template(tokenizer, settings)
+        question: Conversation = ({"role": "user", "content": "A question."},)
+        try:
+            asked = self.render(question, answer_next=True)
+            told = self.render((*question, {"role": "assistant", "content": _ANSWER}))
+            user_turn = self.render(question)
+        except TemplateRefusal as error:
+            raise ModelError(
+                f"the chat template fails on a question with an answer: {error}", way_out=WITHOUT_TEMPLATE
+            ) from error
+        added = {token.content for token in tokenizer.added_tokens_decoder.values()} | _special_texts(tokenizer)
+        self.end_text = self._find_end(told, added)
+        around = {text for text in added if text in user_turn}
+        self.encoder = _Encoder(
+            tokenizer,
+            [*(_special_texts(tokenizer) | around | {self.end_text})],
+            mark_control=settings.special_tokens_in_text == "plain",
+        )
+        self._check_opening(asked, user_turn, told, added)
+
+    @staticmethod
+    def _find_end(told: str, added: set[str]) -> str:
+        _, found, tail = told.rpartition(_ANSWER)
+        if not found:
+            raise ModelError("the chat template leaves out what the assistant says", way_out=WITHOUT_TEMPLATE)
+        first = min((text for text in added if text in tail), key=lambda t: (tail.index(t), -len(t)), default=None)
+        if first is None:
+            raise ModelError(
+                "the chat template puts no end token behind an assistant's turn, so a model could not learn to stop",
+                way_out=WITHOUT_TEMPLATE,
+            )
+        return first
+
+    @staticmethod
+    def _check_opening(asked: str, user_turn: str, told: str, added: set[str]) -> None:
+        opening = told[len(asked) :].partition(_ANSWER)[0] if told.startswith(asked) else ""
+        header = any(text in opening for text in added) or any(character.isalnum() for character in opening)
+        if asked == user_turn and (header or not told.startswith(asked)):
+            raise ModelError(
+                "the chat template knows no generation prompt (it ignores add_generation_prompt), so that the place "
+                "where the model begins to write is not known",
+                way_out="add '{% if add_generation_prompt %}…{% endif %}' to the template, or " + WITHOUT_TEMPLATE,
+            )
+        if not told.startswith(asked):
+            raise _rewriting("its generation prompt is not how it begins an assistant's turn")
+
+    def render(self, messages: Sequence[Message], *, answer_next: bool = False) -> str:
+        """The template's text for messages; raises ``TemplateRefusal`` where the template raises."""
+        import jinja2
+
+        try:
+            return self._tokenizer.apply_chat_template(  # type: ignore[return-value]
+                [dict(message) for message in messages],
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=answer_next,
+                **self._options,
+            )
+        except (jinja2.TemplateError, TypeError, AttributeError) as error:
+            raise TemplateRefusal(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+
+    def prompt_text(self, prompt: Conversation) -> str:
+        """The marked text of a prompt, generation prompt included."""
+        return self.render(self.encoder.mark(prompt), answer_next=True)
+
+    def completion_parts(self, prompt: Conversation, completion: Conversation) -> list[tuple[str, bool]]:
+        """The marked texts behind the prompt, in order, each with whether the model wrote it.
+
+        Every assistant turn is rendered as generation meets it: with the turns before it and the generation prompt.
+        Raises ``ModelError`` where the template renders earlier turns differently once later ones follow: then no one
+        stream of tokens is what generation would have seen.
+        """
+        turns = self.encoder.mark((*prompt, *completion))
+        parts: list[tuple[str, bool]] = []
+        done = ""
+        for index in range(len(prompt), len(turns)):
+            if turns[index]["role"] != "assistant":
+                continue
+            before = self.render(turns[:index], answer_next=True)
+            after = self.render(turns[: index + 1])
+            if not before.startswith(done):
+                raise _rewriting("it renders earlier turns differently once later ones follow")
+            if not after.startswith(before):
+                raise _rewriting("its generation prompt is not how it begins this assistant's turn")
+            if parts:
+                parts.append((before[len(done) :], False))
+            end = self._turn_end(after, len(before))
+            parts.append((after[len(before) : end], True))
+            done = after[:end]
+        return parts
+
+    def _turn_end(self, text: str, start: int) -> int:
+        """Where the turn that begins at ``start`` ends: behind its last end token, or its last control token."""
+        for candidates in ((self.end_text,), self.encoder.control):
+            end = max((at + len(each) for each in candidates if (at := text.rfind(each, start)) >= 0), default=-1)
+            if end >= 0:
+                return end
+        raise ModelError("the chat template leaves an assistant's turn without an end token", way_out=WITHOUT_TEMPLATE)
+
+
+class TemplateRefusal(Exception):
+    """A chat template raised: it does not take this conversation (two user turns in a row, a system prompt, …)."""
+
+
+def _rewriting(how: str) -> ModelError:
+    return ModelError(
+        f"the chat template can't be trained on turn by turn: {how}",
+        way_out="train the last turn only (train_turns='last'), or set another chat_template",
+    )
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings) -> str:
+    chosen = settings.chat_template
+    if chosen == "plain":
+        return PLAIN_TEMPLATE
+    if chosen is not None and "{" not in chosen:
+        try:
+            return Path(chosen).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(
+                f"chat_template is neither 'plain' nor a template nor a file that can be read ({error})", where=chosen
+            ) from error
+    if chosen is not None:
+        return chosen
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ModelError(
+            "these data are conversations, but the tokenizer has no chat template", way_out=WITHOUT_TEMPLATE
+        ) from error
+
+
+# The template text is part of the key, since a tokenizer's may be set after it was first used.
+@functools.lru_cache(maxsize=8)
+def _plain_text(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings) -> _PlainText:
+    return _PlainText(tokenizer, settings)
+
+
+@functools.lru_cache(maxsize=8)
+def _chat_of(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, template: str) -> _Chat:
+    return _Chat(tokenizer, settings)
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings) -> _Chat:
+    return _chat_of(tokenizer, settings, json.dumps(tokenizer.chat_template))
+
+
+# ------------------------------------------------------------------------------------------------------- examples
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, settings: TokenizeSettings | None = None
+) -> list[int]:
+    """Tokens of a prompt as generation gets it: a conversation through the template with its generation prompt.
+
+    Raises ``ModelError`` for a tokenizer without (usable) template, ``DataError`` for a conversation it refuses.
+    """
+    settings = settings or TokenizeSettings()
+    if isinstance(prompt, str) and settings.wrap_text:
+        prompt = _turn("user", prompt)
+    if isinstance(prompt, str):
+        return _plain_text(tokenizer, settings).prompt(prompt)
+    chat = _chat(tokenizer, settings)
+    try:
+        return chat.encoder.encode(chat.prompt_text(prompt), continues=False)
+    except TemplateRefusal as refusal:
+        raise DataError(f"the chat template refuses this conversation: {refusal}", way_out=WITHOUT_TEMPLATE) from None
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings | None = None) -> list[int]:
+    """The tokens at which generation has to stop: the end of a text, and the end of a turn where there is a template."""
+    settings = settings or TokenizeSettings()
+    found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if tokenizer.chat_template or settings.chat_template:
+        found.append(tokenizer.convert_tokens_to_ids(_chat(tokenizer, settings).end_text))
+    return list(dict.fromkeys(found))  # type: ignore[arg-type]
+
+
+def tokenize_group(
+    tokenizer: PreTrainedTokenizerBase, example: RankedCompletions, settings: TokenizeSettings, report: ReadReport
+) -> CompletionGroup | None:
+    """The tokens of one prompt and its completions; None, counted in ``report``, for a row that can't be used.
+
+    The prompt is tokenised once, each completion on its own behind it, and ends with the end token: of a turn in a
+    conversation, of the text otherwise. A completion longer than ``max_length`` allows is cut; then it has no end token
+    and ``StopReason.LENGTH``. In a completion of several turns ``mask`` is True on what the assistant wrote.
+
+    Raises ``ModelError`` for a tokenizer that lacks an end token or a usable template, ``DataError`` for a row that mixes
+    plain text with conversations.
+    """
+    example = _prepared(example, settings)
+    try:
+        if isinstance(example.prompt, str):
+            prompt, completions = _plain_tokens(_plain_text(tokenizer, settings), example)
+        else:
+            prompt, completions = _chat_tokens(_chat(tokenizer, settings), example)
+    except TemplateRefusal as refusal:
+        report.drop(f"the chat template refuses the conversation ({refusal})", example.where)
+        return None
+    except ModelError as error:
+        raise ModelError(error.what, where=error.where or example.where, way_out=error.way_out) from error
+    if not prompt:
+        report.drop("empty prompt", example.where)
+        return None
+    return _fitted(prompt, completions, example, settings, report)
+
+
+def _turn(role: str, text: Text) -> Conversation:
+    return ({"role": role, "content": text},) if isinstance(text, str) else text
+
+
+def _prepared(example: RankedCompletions, settings: TokenizeSettings) -> RankedCompletions:
+    """The example with plain text wrapped and earlier turns moved to the prompt, where the settings say so."""
+    prompt, completions = example.prompt, example.completions
+    if len({isinstance(text, str) for text in (prompt, *completions)}) > 1:
+        raise DataError("plain text and conversations in one row", where=example.where, way_out="make both of one kind")
+    if settings.wrap_text and isinstance(prompt, str) and prompt:
+        prompt = _turn("user", prompt)
+        completions = tuple(_turn("assistant", completion) for completion in completions)
+    if settings.train_turns == "last" and len(completions) == 1 and not isinstance(prompt, str):
+        turns = _turn("assistant", completions[0])
+        last = max((at for at, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+        prompt, completions = (*prompt, *turns[:last]), (turns[last : last + 1],)
+    return RankedCompletions(prompt=prompt, completions=completions, where=example.where, margin=example.margin)
+
+
+def _plain_tokens(text: _PlainText, example: RankedCompletions) -> tuple[list[int], list[Completion]]:
+    prompt = text.prompt(str(example.prompt)) if example.prompt else list(text.start)
+    if not prompt and len(example.completions) == 1:
+        # Nothing stands before the text: its first token is what the rest is predicted from.
+        first, *rest = text.completion(str(example.completions[0]), continues=False)
+        return [first], [_completion(rest)]
+    continues = bool(example.prompt)
+    return prompt, [_completion(text.completion(str(each), continues=continues)) for each in example.completions]
+
+
+def _chat_tokens(chat: _Chat, example: RankedCompletions) -> tuple[list[int], list[Completion]]:
+    assert not isinstance(example.prompt, str)
+    prompt = chat.encoder.encode(chat.prompt_text(example.prompt), continues=False)
+    completions = []
+    for turns in example.completions:
+        tokens: list[int] = []
+        mask: list[bool] = []
+        for text, trained in chat.completion_parts(example.prompt, _turn("assistant", turns)):
+            part = chat.encoder.encode(text, continues=True)
+            tokens += part
+            mask += [trained] * len(part)
+        completions.append(_completion(tokens, mask))
+    return prompt, completions
+
+
+def _completion(tokens: list[int], mask: list[bool] | None = None, *, cut: bool = False) -> Completion:
+    return Completion(
+        tokens=np.array(tokens, dtype=np.int64),
+        mask=None if mask is None or all(mask) else np.array(mask, dtype=bool),
+        stop_reason=StopReason.LENGTH if cut else StopReason.END,
+    )
+
+
+def _fitted(
+    prompt: list[int],
+    completions: list[Completion],
+    example: RankedCompletions,
+    settings: TokenizeSettings,
+    report: ReadReport,
+) -> CompletionGroup | None:
+    """The group within the length limits, or None; every cut is counted."""
+    if len(prompt) > settings.prompt_limit and settings.overlong_prompt == "drop":
+        report.drop(f"prompt longer than {settings.prompt_limit} tokens", example.where)
+        return None
+    kept = prompt[-settings.prompt_limit :]
+    room = settings.max_length - len(kept)
+    num_cut = sum(len(completion.tokens) > room for completion in completions)
+    if num_cut and settings.overlong_completion == "drop":
+        report.drop(f"prompt and completion longer than {settings.max_length} tokens", example.where)
+        return None
+    completions = [_cut(completion, room) for completion in completions]
+    if len({completion.tokens.tobytes() for completion in completions}) < len(completions):
+        report.drop("identical sides within the length limit", example.where)
+        return None
+    report.num_completions_cut += num_cut
+    report.num_prompts_cut += len(kept) < len(prompt)
+    return CompletionGroup(
+        prompt=np.array(kept, dtype=np.int64),
+        completions=tuple(completions),
+        where=example.where,
+        margin=example.margin,
+    )
+
+
+def _cut(completion: Completion, room: int) -> Completion:
+    if len(completion.tokens) <= room:
+        return completion
+    mask = None if completion.mask is None else completion.mask[:room]
+    return Completion(tokens=completion.tokens[:room], mask=mask, stop_reason=StopReason.LENGTH)
+
+
+# -------------------------------------------------------------------------------------------------- whole sources
+
+
+def stream_groups(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    task: Task,
+    data_format: str = "auto",
+    settings: TokenizeSettings,
+    report: ReadReport,
+    split: str | None = None,
+) -> Iterator[CompletionGroup]:
+    """Tokenised groups of a source, one at a time, in its order; ``report`` is filled on the way."""
+    for example in read_examples(source, task=task, data_format=data_format, report=report, split=split):
+        group = tokenize_group(tokenizer, example, settings, report)
+        if group is not None:
+            yield group
+
+
+def load_groups(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    task: Task,
+    data_format: str = "auto",
+    settings: TokenizeSettings,
+    limit: int | None = None,
+    split: str | None = None,
+) -> tuple[list[CompletionGroup], ReadReport]:
+    """All tokenised groups of a source (or its first ``limit``), and what became of its rows.
+
+    Raises ``DataError`` where a row is malformed or no row is left, ``ModelError`` where the tokenizer does not do.
+    """
+    report = ReadReport()
+    groups = stream_groups(
+        source, tokenizer, task=task, data_format=data_format, settings=settings, report=report, split=split
+    )
+    loaded = list(itertools.islice(groups, limit))
+    _check_left(loaded, report, source)
+    return loaded, report
+
+
+def load_split(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    task: Task,
+    holdout_fraction: float,
+    data_format: str = "auto",
+    settings: TokenizeSettings,
+    limit: int | None = None,
+    split: str | None = None,
+) -> tuple[list[CompletionGroup], list[CompletionGroup], ReadReport]:
+    """(training groups, held-out groups, report) of one source, cut as ``collate.split_holdout`` does: by a hash of the
+    prompt's first human turn, so that no opening question is on both sides.
+    """
+    check_fraction(holdout_fraction)
+    report = ReadReport()
+    parts: tuple[list[CompletionGroup], list[CompletionGroup]] = ([], [])
+    for example in read_examples(source, task=task, data_format=data_format, report=report, split=split):
+        group = tokenize_group(tokenizer, example, settings, report)
+        if group is not None:
+            key = first_human_turn(example.prompt) or first_human_turn(example.completions[0])
+            parts[is_held_out(key, holdout_fraction)].append(group)
+        if limit is not None and len(parts[0]) + len(parts[1]) >= limit:
+            break
+    _check_left(parts[0], report, source)
+    return *parts, report
+
+
+def _check_left(groups: Sequence[CompletionGroup], report: ReadReport, source: Source) -> None:
+    if groups:
+        return
+    raise DataError(
+        f"no row is left to train on: {report.summary()}",
+        where=str(source) if isinstance(source, str | Path) else None,
+        way_out="look at the rows with `trueup data check`, and at max_length and the held-out fraction",
+    )
