@@ -7,11 +7,13 @@ alone reads it as a string), and a mistake gives the same message.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, make_dataclass
 from enum import Enum
 from pathlib import Path
@@ -65,24 +67,31 @@ def parse(
     entries = [entry for path in paths for entry in _entries_of(path, settings_class)]
     arguments = [flag for entry in entries for flag in entry.flags] + flags
 
-    def run(loud: bool) -> Settings:
+    def run() -> Settings:
         return tyro.cli(
             settings_class,
             args=arguments,
             prog=prog,
             description=f"{(description or settings_class.__doc__ or '').strip()}\n\n{_CONFIG_HELP}",
             config=(tyro.conf.EnumChoicesFromValues,),
-            console_outputs=loud,
             default=tyro.MISSING_NONPROP if default is None else default,
         )
 
-    if entries and not {"-h", "--help"} & set(flags):
-        try:
-            return run(loud=False)
-        except SystemExit:
-            for entry in entries:
-                entry.check_value()
-    return run(loud=True)
+    if not entries or {"-h", "--help"} & set(flags):
+        return run()
+    try:
+        with _silence():
+            return run()
+    except SystemExit:
+        for entry in entries:
+            entry.check_value()
+        return run()  # the mistake is in the flags: tell it
+    except SettingsError as error:
+        given = {flag.partition("=")[0].replace("_", "-") for flag in flags}
+        places = {flag_name(entry.name): entry.where for entry in entries if flag_name(entry.name) not in given}
+        if error.where in places:
+            raise SettingsError(error.what, where=places[error.where], way_out=error.way_out) from error
+        raise
 
 
 def check_range(
@@ -154,13 +163,21 @@ class _Entry:
 
         probe = make_dataclass("Probe", [(self.name, self.annotation)])
         try:
-            tyro.cli(probe, args=self.flags, config=(tyro.conf.EnumChoicesFromValues,), console_outputs=False)
+            with _silence():
+                tyro.cli(probe, args=self.flags, config=(tyro.conf.EnumChoicesFromValues,))
         except SystemExit:
             shown = "[" + ", ".join(self.value) + "]" if isinstance(self.value, list) else repr(self.value)
             raise SettingsError(f"{shown} is not {_type_name(self.annotation)}", where=self.where) from None
 
 
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Swallow what the parser says about a mistake that is about to be told with its place."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 def _entries_of(path: str | Path, settings_class: type) -> list[_Entry]:

@@ -1,0 +1,129 @@
+"""``trueup``: finds the command, parses its settings, runs it.
+
+Nothing heavy is imported before the command is known to run: help and mistakes are answered at once.
+Exit codes: 0 done; 2 a mistake that the user can mend, said in one message on stderr; 130 interrupted; 1 anything else,
+with its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from trueup.errors import TrueupError
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Where a command lives: a module that imports neither torch nor transformers, and names in it."""
+
+    summary: str
+    module: str
+    settings: str
+    """The settings class."""
+    run: str
+    """The function that takes the settings."""
+    defaults: str | None = None
+    """The function that makes the preset, for a command that is one."""
+
+
+COMMANDS = {
+    "demo": Command(
+        "Train a tiny model through SFT, reward model and DPO in minutes", "trueup.cli.demo", "DemoSettings", "demo"
+    ),
+    "data check": Command(
+        "Show what a data file holds: format, lengths, dropped rows, trained tokens",
+        "trueup.cli.data",
+        "CheckSettings",
+        "check",
+    ),
+    "model new": Command("Write a tiny model from scratch", "trueup.cli.model", "NewSettings", "new"),
+    "sft": Command("Supervised fine-tuning on demonstrations", "trueup.cli.train", "SFTSettings", "sft"),
+    "reward": Command("Train a reward model on preferences", "trueup.cli.train", "RewardSettings", "reward"),
+    "preference": Command(
+        "Preference optimisation: DPO and its family", "trueup.cli.train", "PreferenceSettings", "preference"
+    ),
+    "dpo": Command(
+        "preference, with the DPO paper's settings as defaults",
+        "trueup.cli.train",
+        "PreferenceSettings",
+        "preference",
+        defaults="dpo_defaults",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code. ``SystemExit`` comes from ``--help`` (0) and parse errors (2)."""
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except TrueupError as error:
+        print(f"trueup: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("trueup: interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(argv: list[str]) -> int:
+    if argv[:1] == ["--version"]:
+        import trueup
+
+        print(f"trueup {trueup.__version__}")
+        return 0
+    if argv[:1] in (["-h"], ["--help"]):
+        print(_usage(COMMANDS))
+        return 0
+    for num_words in (2, 1):
+        name = " ".join(argv[:num_words])
+        if name in COMMANDS:
+            _run(name, argv[num_words:])
+            return 0
+    group = {name: command for name, command in COMMANDS.items() if argv and name.startswith(f"{argv[0]} ")}
+    if group and argv[1:] in (["-h"], ["--help"]):
+        print(_usage(group))
+        return 0
+    print(_complaint(argv, group), file=sys.stderr)
+    return 2
+
+
+def _run(name: str, argv: list[str]) -> None:
+    command = COMMANDS[name]
+    module = import_module(command.module)
+    from trueup.runs.settings import parse
+
+    default = getattr(module, command.defaults)() if command.defaults else None
+    settings = parse(getattr(module, command.settings), argv, f"trueup {name}", f"{command.summary}.", default)
+    from trueup.cli.memory import keep_freed_memory
+
+    keep_freed_memory()
+    getattr(module, command.run)(settings)
+
+
+def _usage(commands: dict[str, Command]) -> str:
+    width = max(map(len, commands))
+    listed = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in commands.items())
+    return f"""usage: trueup COMMAND [settings]
+
+Train language models from preferences and rewards.
+
+commands:
+{listed}
+
+`trueup COMMAND --help` explains every setting. Settings can stand in a file: `trueup COMMAND --config FILE.yaml`.
+`trueup --version` says which version this is."""
+
+
+def _complaint(argv: list[str], group: dict[str, Command]) -> str:
+    """What to say when no command matches; ``group`` holds the commands that start with the word given."""
+    if not argv:
+        return _usage(COMMANDS)
+    if group:
+        what = f"there is no command '{' '.join(argv[:2])}'" if argv[1:] else f"'{argv[0]}' needs a second word"
+        return f"trueup: {what}\n  → {', '.join(f'trueup {name}' for name in group)}"
+    close = difflib.get_close_matches(argv[0], sorted({*COMMANDS, *(name.split()[0] for name in COMMANDS)}))
+    meant = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"trueup: there is no command '{argv[0]}'\n  → {meant}`trueup --help` lists the commands"
