@@ -82,7 +82,7 @@ def reference_mode(model: nn.Module) -> Iterator[None]:
     Blocks may be nested, and an exception leaves the adapters as they were. Raises ``ModelError`` for a model without
     adapters, which has no reference inside.
     """
-    layers = [module for module in model.modules() if is_adapted(module)]
+    layers: list[Any] = [module for module in model.modules() if is_adapted(module)]
     if not layers:
         raise ModelError(
             "the model has no adapter to switch off, so it holds no reference",
@@ -105,9 +105,10 @@ def merged_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     W + (alpha / rank) · B A, summed in float32 and rounded once to W's type. The model itself is not touched: merging
     in place and undoing it would leave rounding errors in the base weights.
     """
+    modules: Any = model.named_modules()
     deltas = {
         f"{name}.base_layer.weight": module.get_delta_weight(ADAPTER)
-        for name, module in model.named_modules()
+        for name, module in modules
         if hasattr(module, "get_delta_weight")
     }
     merged = {}

@@ -47,7 +47,7 @@ def load_model(name: str | Path, *, dtype: DtypeName = "auto", device: str = "au
     model = read_weights(AutoModelForCausalLM, source, name, dtype=resolve_dtype(dtype, target))
     tokenizer = read_tokenizer(source, name)
     check_vocabulary(model, tokenizer, name)
-    return LoadedModel(train_padding_row(model).to(target).eval(), tokenizer, str(name))  # pyright: ignore[reportArgumentType]
+    return LoadedModel(train_padding_row(model.to(target)).eval(), tokenizer, str(name))
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -212,9 +212,15 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many tokens the model can read; often more than its tokenizer writes."""
+    embedding: Any = model.get_input_embeddings()
+    return embedding.weight.shape[0]
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
     """Raises ``ModelError`` if the tokenizer can write a token that the model has no row for."""
-    rows = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue]
+    rows = embedding_rows(model)
     if len(tokenizer) > rows:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens, the model only {rows} rows",

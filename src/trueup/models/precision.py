@@ -14,8 +14,8 @@ from trueup.errors import CheckpointError
 class MasterWeights:
     """Float32 copies of low-precision parameters, for the optimiser to work on.
 
-    bfloat16 has 8 significant bits: an update below about 1/256 of a weight (1/512 at the worst) rounds to nothing, and
-    at the learning rates of fine-tuning most updates are smaller. So the model computes in bfloat16 and the optimiser
+    bfloat16 has 8 significant bits: an update below 1/512 of a weight rounds to nothing (depending on the weight, one
+    up to 1/256), and at the learning rates of fine-tuning most updates are smaller. So the model computes in bfloat16 and the optimiser
     keeps what rounding would lose (Micikevicius et al. 2018, arXiv 1710.03740, section 3.1):
 
         master ← master − update(master.grad)         in float32
@@ -52,7 +52,7 @@ class MasterWeights:
         """Round the masters into the parameters that compute. Call it after every optimiser step."""
         if self.pairs:
             working, masters = zip(*self.pairs, strict=True)
-            torch._foreach_copy_(list(working), list(masters))
+            torch._foreach_copy_(list(working), list(masters))  # pyright: ignore[reportPrivateImportUsage]
 
     def state_dict(self) -> dict[str, Any]:
         """The masters, which hold more than the model's own parameters do. Empty for a float32 model."""

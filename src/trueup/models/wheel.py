@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from trueup.errors import ModelError, require_extra
+from trueup.runs.files import is_disk_full, sync_folder, sync_tree
 
 DAY = 24 * 3600
 
@@ -94,19 +95,19 @@ def new_folder(folder: Path) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
         try:
             yield staging
-            for path in staging.rglob("*"):
-                if path.is_file():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
             staging.chmod(0o755)
+            sync_tree(staging)
             try:
                 staging.rename(folder)
             except OSError:
                 if not folder.is_dir():
                     raise
+            sync_folder(folder.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    except OSError as error:
+    except Exception as error:
+        if not (isinstance(error, OSError) or is_disk_full(error)):
+            raise
         raise ModelError(
             f"the model cache can't be written: {error}",
             where=str(folder.parent),
