@@ -20,8 +20,8 @@ DPO: dict[str, Any] = {
     "lr_schedule": "constant",
     "max_grad_norm": 10.0,
 }
-"""The settings of the DPO paper: β 0.1, batches of 64 pairs, RMSprop, learning rate 1e-6 after a linear warm-up over 150
-steps. Source: Rafailov et al. 2023 (arXiv 2305.18290), appendix B; the gradient clip is its published code's."""
+"""The settings of the DPO paper: β 0.1, batches of 64 pairs, RMSprop, learning rate 1e-6 after a linear warm-up over
+150 steps. Source: Rafailov et al. 2023 (arXiv 2305.18290), appendix B; the gradient clip is its published code's."""
 
 
 def sft(*, model: Any = "", data: Any = (), **settings: Any) -> RunResult:

@@ -225,10 +225,8 @@ def command_line(verb: str, settings: TrainSettings) -> str:
         value = getattr(settings, field.name)
         if value == field.default or field.name == "quiet":
             continue
-        words += [
-            flag_name(field.name),
-            *(value if isinstance(value, tuple) else [f"{value:g}" if isinstance(value, float) else str(value)]),
-        ]
+        values = value if isinstance(value, tuple) else (value,)
+        words += [flag_name(field.name), *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
     return " ".join(words)
 
 
@@ -236,14 +234,8 @@ def print_table(console: Any, stages: list[Stage], num_held_out: int) -> None:
     from rich.table import Table
 
     table = Table(title=f"\n{num_held_out} held-out sums, 95 % intervals")
-    for column, justify in (
-        ("stage", "left"),
-        ("sums right", "right"),
-        ("pairs ranked right", "right"),
-        ("seconds", "right"),
-        ("run", "left"),
-    ):
-        table.add_column(column, justify=justify)
+    for column in ("stage", "sums right", "pairs ranked right", "seconds", "run"):
+        table.add_column(column, justify="left" if column in ("stage", "run") else "right")
     for stage in stages:
         table.add_row(stage.name, stage.answers, stage.pairs, f"{stage.seconds:.0f}", str(stage.folder))
     console.print(table)

@@ -123,10 +123,11 @@ def _stream_steps(
 
     def endless() -> Iterator[tuple[int, CompletionGroup]]:
         for epoch in count():
-            number = -1
-            for number, group in enumerate(stream()):
+            empty = True
+            for group in stream():
+                empty = False
                 yield epoch, group
-            if number < 0:
+            if empty:
                 raise DataError("no row is left to train on", where=_name(settings.data))
 
     rows = islice(endless(), start * settings.batch_size, None)

@@ -180,8 +180,8 @@ def fit_reference(
 ) -> tuple[Any, Any]:
     """π_ref = argmax_π E log π(y_w | x): fine-tune on the chosen completions (DPO paper, section 4).
 
-    Needed where the policy that sampled the pairs is unknown: it brings the reference close to the data. Its run lies in
-    the folder ``reference`` of this run; a resumed run takes it from there.
+    Needed where the policy that sampled the pairs is unknown: it brings the reference close to the data. Its run lies
+    in the folder ``reference`` of this run; a resumed run takes it from there.
     """
     shared = {field.name: getattr(settings, field.name) for field in dataclasses.fields(TrainSettings)}
     changed = {

@@ -154,7 +154,7 @@ class PreferenceSettings(TrainSettings):
     learning_rate: float = 1e-6
     """Peak learning rate. With LoRA, about ten times as much."""
     loss: PreferenceLoss = "dpo"
-    """Objective; docs/objectives/preference.md says what each is for. plackett_luce takes ranked lists of any length."""
+    """Objective; docs/objectives/preference.md says what each is for. plackett_luce takes ranked lists too."""
     beta: float = 0.1
     """Strength of the leash to the reference (dpo and kin), or scale of the reward (simpo)."""
     label_smoothing: float = 0.0

@@ -24,9 +24,9 @@ def load_trained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that ``settings`` ask for (or the objects that are given), ready to be trained, and its tokenizer.
 
-    ``load`` is ``load_model`` or ``load_reward_model``. Without ``dropout`` the model's own dropout is switched off: what
-    is compared with a reference must not be random. Raises ``SettingsError`` where no model is named, ``ModelError`` for
-    one that can't be loaded.
+    ``load`` is ``load_model`` or ``load_reward_model``. Without ``dropout`` the model's own dropout is switched off:
+    what is compared with a reference must not be random. Raises ``SettingsError`` where no model is named, and
+    ``ModelError`` for one that can't be loaded.
     """
     if model is None:
         if not settings.model:
