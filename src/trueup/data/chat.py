@@ -7,7 +7,6 @@ token. Text inside a message can't become a control token: only the template wri
 
 from __future__ import annotations
 
-import datetime
 import functools
 import itertools
 import json
@@ -19,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from trueup.data.collate import check_fraction, first_human_turn, is_held_out
-from trueup.data.formats import ReadReport, Source, Task, read_examples
+from trueup.data.formats import ReadReport, Source, Task, read_examples, source_name
 from trueup.errors import DataError, ModelError, SettingsError
 from trueup.records import Completion, CompletionGroup, Message, RankedCompletions, StopReason, Text
 
@@ -37,6 +35,13 @@ PLAIN_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
 """The built-in template for tokenizers that have none: ``Human: …``, ``Assistant: …`` and the end-of-text token."""
+
+# Some templates write today's date. Tokens must not depend on the day.
+FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}{{ format | replace('%Y', '2025') | replace('%m', '01') | replace('%d', '01') "
+    "| replace('%B', 'January') | replace('%b', 'Jan') | replace('%A', 'Wednesday') | replace('%a', 'Wed') }}"
+    "{%- endmacro -%}"
+)
 
 WITHOUT_TEMPLATE = "set chat_template to 'plain' (Human: / Assistant:), or to a Jinja template or a file that holds one"
 
@@ -56,7 +61,7 @@ class TokenizeSettings:
     train_turns: Literal["all", "last"] = "all"
     """Which assistant turns of a demonstration are trained: all of them, or the last one only."""
     chat_template: str | None = None
-    """Chat template in place of the tokenizer's own: 'plain', a Jinja template, or the path of a file that holds one."""
+    """Chat template in place of the tokenizer's own: 'plain', a Jinja template, or a file that holds one."""
     wrap_text: bool = False
     """Put plain prompts and completions into a user's and an assistant's turn, so that the chat template applies."""
     special_tokens_in_text: Literal["plain", "token"] = "plain"
@@ -97,7 +102,7 @@ class _Encoder:
         self.control = tuple(sorted(control, key=lambda text: (-len(text), text)))
         self._literals = (*(self.control if mark_control else ()), _OPEN, _CLOSE)
         self._find = re.compile("|".join(map(re.escape, self._literals)))
-        self._control_ids = {tokenizer.convert_tokens_to_ids(text) for text in self.control}
+        self._control_ids = set(tokenizer.convert_tokens_to_ids(list(self.control)))  # type: ignore[arg-type]
         self._plain: dict[int, list[int]] = {}
         # A tokenizer of the SentencePiece kind puts a space before whatever it is given. In the middle of a text that
         # would be one too many: encode behind a line break, then take the break away.
@@ -207,12 +212,9 @@ class _Chat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings) -> None:
         self._tokenizer = tokenizer
-        self._options = {
-            # Some templates write today's date. Tokens must not depend on the day.
-            "strftime_now": datetime.datetime(2025, 1, 1).strftime,
-            "start_text": tokenizer.decode(_start_and_end(tokenizer)[0]),
-        }
-        self._template = _template(tokenizer, settings)
+        template = _template(tokenizer, settings)
+        self._template = FIXED_DATE + template if "strftime_now" in template else template
+        self._start_text = tokenizer.decode(_start_and_end(tokenizer)[0])
         question: Conversation = ({"role": "user", "content": "A question."},)
         try:
             asked = self.render(question, answer_next=True)
@@ -268,7 +270,7 @@ class _Chat:
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=answer_next,
-                **self._options,
+                start_text=self._start_text,
             )
         except (jinja2.TemplateError, TypeError, AttributeError) as error:
             raise TemplateRefusal(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
@@ -277,7 +279,9 @@ class _Chat:
         """The marked text of a prompt, generation prompt included."""
         return self.render(self.encoder.mark(prompt), answer_next=True)
 
-    def completion_parts(self, prompt: Conversation, completion: Conversation) -> list[tuple[str, bool]]:
+    def completion_parts(
+        self, prompt: Conversation, completion: Conversation, prompt_text: str
+    ) -> list[tuple[str, bool]]:
         """The marked texts behind the prompt, in order, each with whether the model wrote it.
 
         Every assistant turn is rendered as generation meets it: with the turns before it and the generation prompt.
@@ -290,14 +294,14 @@ class _Chat:
         for index in range(len(prompt), len(turns)):
             if turns[index]["role"] != "assistant":
                 continue
-            before = self.render(turns[:index], answer_next=True)
+            before = prompt_text if index == len(prompt) else self.render(turns[:index], answer_next=True)
             after = self.render(turns[: index + 1])
-            if not before.startswith(done):
+            if not before.startswith(done or prompt_text):
                 raise _rewriting("it renders earlier turns differently once later ones follow")
             if not after.startswith(before):
                 raise _rewriting("its generation prompt is not how it begins this assistant's turn")
-            if parts:
-                parts.append((before[len(done) :], False))
+            if before != prompt_text:
+                parts.append((before[len(done or prompt_text) :], False))
             end = self._turn_end(after, len(before))
             parts.append((after[len(before) : end], True))
             done = after[:end]
@@ -382,7 +386,7 @@ def render_prompt(
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings | None = None) -> list[int]:
-    """The tokens at which generation has to stop: the end of a text, and the end of a turn where there is a template."""
+    """The tokens at which generation has to stop: the end of a text and, where there is a template, of a turn."""
     settings = settings or TokenizeSettings()
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template or settings.chat_template:
@@ -399,8 +403,8 @@ def tokenize_group(
     conversation, of the text otherwise. A completion longer than ``max_length`` allows is cut; then it has no end token
     and ``StopReason.LENGTH``. In a completion of several turns ``mask`` is True on what the assistant wrote.
 
-    Raises ``ModelError`` for a tokenizer that lacks an end token or a usable template, ``DataError`` for a row that mixes
-    plain text with conversations.
+    Raises ``ModelError`` for a tokenizer that lacks an end token or a usable template, ``DataError`` for a row that
+    mixes plain text with conversations.
     """
     example = _prepared(example, settings)
     try:
@@ -450,12 +454,13 @@ def _plain_tokens(text: _PlainText, example: RankedCompletions) -> tuple[list[in
 
 def _chat_tokens(chat: _Chat, example: RankedCompletions) -> tuple[list[int], list[Completion]]:
     assert not isinstance(example.prompt, str)
-    prompt = chat.encoder.encode(chat.prompt_text(example.prompt), continues=False)
+    prompt_text = chat.prompt_text(example.prompt)
+    prompt = chat.encoder.encode(prompt_text, continues=False)
     completions = []
     for turns in example.completions:
         tokens: list[int] = []
         mask: list[bool] = []
-        for text, trained in chat.completion_parts(example.prompt, _turn("assistant", turns)):
+        for text, trained in chat.completion_parts(example.prompt, _turn("assistant", turns), prompt_text):
             part = chat.encoder.encode(text, continues=True)
             tokens += part
             mask += [trained] * len(part)
@@ -548,43 +553,10 @@ def load_groups(
         source, tokenizer, task=task, data_format=data_format, settings=settings, report=report, split=split
     )
     loaded = list(itertools.islice(groups, limit))
-    _check_left(loaded, report, source)
+    if not loaded:
+        raise DataError(
+            f"no row is left to train on: {report.summary()}",
+            where=source_name(source),
+            way_out="look at the rows with `trueup data check`, and at max_length",
+        )
     return loaded, report
-
-
-def load_split(
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    task: Task,
-    holdout_fraction: float,
-    data_format: str = "auto",
-    settings: TokenizeSettings,
-    limit: int | None = None,
-    split: str | None = None,
-) -> tuple[list[CompletionGroup], list[CompletionGroup], ReadReport]:
-    """(training groups, held-out groups, report) of one source, cut as ``collate.split_holdout`` does: by a hash of the
-    prompt's first human turn, so that no opening question is on both sides.
-    """
-    check_fraction(holdout_fraction)
-    report = ReadReport()
-    parts: tuple[list[CompletionGroup], list[CompletionGroup]] = ([], [])
-    for example in read_examples(source, task=task, data_format=data_format, report=report, split=split):
-        group = tokenize_group(tokenizer, example, settings, report)
-        if group is not None:
-            key = first_human_turn(example.prompt) or first_human_turn(example.completions[0])
-            parts[is_held_out(key, holdout_fraction)].append(group)
-        if limit is not None and len(parts[0]) + len(parts[1]) >= limit:
-            break
-    _check_left(parts[0], report, source)
-    return *parts, report
-
-
-def _check_left(groups: Sequence[CompletionGroup], report: ReadReport, source: Source) -> None:
-    if groups:
-        return
-    raise DataError(
-        f"no row is left to train on: {report.summary()}",
-        where=str(source) if isinstance(source, str | Path) else None,
-        way_out="look at the rows with `trueup data check`, and at max_length and the held-out fraction",
-    )

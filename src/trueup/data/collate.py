@@ -96,14 +96,9 @@ def split_holdout(
 
     Raises ``SettingsError`` unless 0 ≤ fraction < 1.
     """
-    check_fraction(fraction)
+    if not 0.0 <= fraction < 1.0:
+        raise SettingsError(f"the held-out fraction must be at least 0 and below 1, not {fraction}")
     parts: tuple[list[RankedCompletions], list[RankedCompletions]] = ([], [])
     for example in examples:
         parts[is_held_out(key(example), fraction)].append(example)
     return parts
-
-
-def check_fraction(fraction: float) -> None:
-    """Raise ``SettingsError`` unless ``fraction`` can be a held-out part."""
-    if not 0.0 <= fraction < 1.0:
-        raise SettingsError(f"the held-out fraction must be at least 0 and below 1, not {fraction}")
