@@ -9,15 +9,15 @@ from pathlib import Path
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, content: bytes) -> None:
     """Replace the content of ``path`` in one step: written aside, synced, renamed over it.
 
     Raises ``OSError`` as the operating system gives it; ``path`` is then as it was.
     """
     aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with aside.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)

@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from trueup.errors import CheckpointError, SettingsError
+from trueup.errors import CheckpointError, DataError, SettingsError
 from trueup.runs.files import write_atomic
 from trueup.runs.settings import to_yaml, values_from_yaml
 
@@ -76,8 +76,8 @@ class RunFolder:
             if environment.is_file():
                 first = json.loads(environment.read_text(encoding="utf-8"))
                 record = first | {"resumed": [*first.get("resumed", []), record]}
-        write_atomic(environment, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        write_atomic(config, to_yaml(settings))
+        write_atomic(environment, json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n")
+        write_atomic(config, to_yaml(settings).encode())
         return folder
 
     @property
@@ -96,8 +96,8 @@ class RunFolder:
         """Append one line to ``metrics.jsonl``: ``step``, then the metrics in the order given.
 
         Values are numbers (Python's, NumPy's or tensors of one element), strings, booleans or None. JSON has no NaN and
-        no infinities: they are written as the strings "NaN", "Infinity", "-Infinity", which ``read_lines`` and Python's
-        ``float`` turn back.
+        no infinities: they are written as the strings "NaN", "Infinity", "-Infinity", which ``read_metrics`` and
+        Python's ``float`` turn back.
         Raises ``TypeError`` for any other value.
         """
         _append(self.metrics, [{"step": step, **metrics}])
@@ -110,23 +110,27 @@ class RunFolder:
         """Forget what was logged after ``step``, and a last line that was only half written.
 
         A run that is resumed from the checkpoint of ``step`` writes those lines again; −1 forgets everything.
-        Each file is replaced in one step, and only if it changes.
+        Each file is replaced in one step, and only if it changes. Raises ``DataError`` as ``read_lines`` does.
         """
         for path in (self.metrics, self.samples):
             if path.is_file():
-                text = path.read_bytes().decode("utf-8", errors="replace")
-                kept = "".join(_lines_until(text, step))
-                if kept != text:
+                kept = b"".join(line for line, record in _records(path) if record["step"] <= step)
+                if len(kept) != path.stat().st_size:
                     write_atomic(path, kept)
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl`` or ``samples.jsonl``, with NaN and infinities as floats again.
+    """The records of a file of one JSON object a line, as they stand there.
 
-    A last line that was cut in the middle (the run was killed, or is writing) is left out.
+    A last line that was cut in the middle (the run was killed, or is writing) is left out. Raises ``DataError`` for any
+    other line that isn't a record.
     """
-    text = Path(path).read_bytes().decode("utf-8", errors="replace")
-    return [{name: _read_value(name, value) for name, value in record.items()} for _, record in _records(text)]
+    return [record for _, record in _records(Path(path))]
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``, with NaN and infinities as floats again."""
+    return [{name: _NOT_FINITE.get(str(value), value) for name, value in line.items()} for line in read_lines(path)]
 
 
 def environment_record() -> dict[str, Any]:
@@ -155,8 +159,9 @@ def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         json.dumps({name: _plain(name, value) for name, value in record.items()}, ensure_ascii=False, allow_nan=False)
         for record in records
     ]
-    # Opened for each call: closing flushes, and nothing is held open over a crash.
-    with path.open("a", encoding="utf-8") as file:
+    # Opened for each call: closing flushes, and nothing is held open over a crash. A lone surrogate, which UTF-8 has no
+    # bytes for, becomes the escape that JSON has for it.
+    with path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         file.write("".join(line + "\n" for line in lines))
 
 
@@ -179,24 +184,18 @@ def _plain(name: str, value: Any) -> Any:
     raise TypeError(f"{name}: a {type(value).__name__} can't be logged")
 
 
-def _read_value(name: str, value: Any) -> Any:
-    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
-
-
-def _records(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each whole line and its record, up to the first that is cut."""
-    for line in text.splitlines(keepends=True):
+def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each whole line and its record. Only newlines end lines: texts may hold the other separators."""
+    *lines, _cut = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
-            return
-        if not line.endswith("\n") or not isinstance(record, dict):
-            return
-        yield line, record
-
-
-def _lines_until(text: str, step: int) -> Iterator[str]:
-    return (line for line, record in _records(text) if record["step"] <= step)
+            record["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                "not a record with a step", where=f"{path}:{number}", way_out="mend or remove it"
+            ) from error
+        yield line + b"\n", record
 
 
 def _check_same(config: Path, settings: Any, may_change: frozenset[str]) -> None:

@@ -280,11 +280,10 @@ def _yaml_float(value: float) -> str:
 
 
 def _yaml_string(text: str) -> str:
-    import json
+    import yaml
 
     plain = _PLAIN_STRING.fullmatch(text) and text.lower() not in {*_BOOLEANS, "null", "~", "y", "n", "none"}
-    # A JSON string is a double-quoted YAML string.
-    return text if plain and not text.endswith(":") else json.dumps(text, ensure_ascii=False)
+    return text if plain else yaml.safe_dump(text, default_style='"', allow_unicode=True, width=float("inf")).strip()
 
 
 def _split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
