@@ -200,7 +200,7 @@ def whiten(
 
     μ and σ (population) are those of the scored entries of ``x``, or the ``statistics`` of the whole batch, which makes
     micro-batches agree with the one big batch. ``center=False`` changes the spread and keeps the mean.
-    Shapes: any, mask alike; 0 where masked. Without units if centred. Entries that are all equal give exactly 0.
+    Shapes: any, mask alike; 0 where masked. Without units if centred. All equal: exactly 0 (for ε > 0).
     Couples all entries: advantages whitened over a batch are no longer unbiased.
     Raises ``ValueError`` if the shapes differ.
     Source: the advantage normalisation of PPO implementations (Huang et al. 2022, "The 37 implementation details of
