@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trueup.objectives.shapes import fill_masked
+
 
 def token_logprobs(
     logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"], *, temperature: float = 1.0
@@ -52,7 +54,7 @@ def sequence_logprobs(
 
     What lies under False may be anything, infinities included, and gets no gradient. Nothing selected gives 0.
     """
-    return logprobs.masked_fill(~mask, 0.0).sum(-1)
+    return fill_masked(logprobs, mask).sum(-1)
 
 
 def linear_logprobs(

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from trueup.objectives.shapes import require_same_shape
+
 
 def kl_regularized_optimum(
     ref_logprobs: Float[Tensor, "*batch y"], rewards: Float[Tensor, "*batch y"], beta: float
@@ -26,6 +28,7 @@ def kl_regularized_optimum(
     """
     if not beta > 0:
         raise ValueError(f"beta must be positive, got {beta}")
+    require_same_shape(ref_logprobs, rewards=rewards)
     tilted = ref_logprobs + rewards / beta
     log_partition = tilted.logsumexp(-1)
     return tilted - log_partition.unsqueeze(-1), log_partition
@@ -44,6 +47,7 @@ def best_of_n_probs(
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
+    require_same_shape(probs, rewards=rewards)
     others, own = rewards.unsqueeze(-2), rewards.unsqueeze(-1)
     below = ((others < own) * probs.unsqueeze(-2)).sum(-1, keepdim=True)
     at_most = ((others <= own) * probs.unsqueeze(-2)).sum(-1, keepdim=True)

@@ -2,7 +2,8 @@
 
 Every loss is a function of **sequence** log-probabilities (the sum of the token log-probabilities of one completion) or
 of scalar scores. Shapes are ``[*batch]`` for pairs and ``[*batch, K]`` for ranked lists, the best first. Losses come
-back unreduced, one per pair or list; logarithms are natural, so losses are in nats.
+back unreduced, one per pair or list; logarithms are natural, so losses are in nats. Every function raises ``ValueError``
+for shapes that differ.
 
 The four arguments that most losses share, all ``[*batch]``::
 
@@ -23,6 +24,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
+from trueup.objectives.shapes import fill_masked, require_same_shape
+
 Lengths = Int[Tensor, "*batch"] | Float[Tensor, "*batch"]
 
 
@@ -36,6 +39,7 @@ def bradley_terry_logprob(
     Scores are in logits: a lead of 1 is odds of e : 1. Only differences matter.
     Source: Bradley & Terry 1952; eq. 1 of Rafailov et al. 2023 (arXiv 2305.18290).
     """
+    require_same_shape(score_winner, score_loser=score_loser)
     return logsigmoid(score_winner - score_loser)
 
 
@@ -51,6 +55,7 @@ def plackett_luce_logprob(
     two entries has log-probability 0. Raises ``ValueError`` for K = 0.
     Source: Plackett 1975; Luce 1959; appendix A.3 of Rafailov et al. 2023 (arXiv 2305.18290).
     """
+    require_same_shape(scores, mask=mask)
     size = scores.shape[-1]
     if size == 0:
         raise ValueError("a ranking needs at least one entry, got K = 0")
@@ -84,16 +89,16 @@ def reward_model_loss(
     Source: eq. 2 of Rafailov et al. 2023 (arXiv 2305.18290); margin: eq. 2 of Touvron et al. 2023 (arXiv 2307.09288);
     centring for pairs: Eisenstein et al. 2023 (arXiv 2312.09244). The form for K > 2 is ours, equal to those for K = 2.
     """
-    if centering_coef < 0:
-        raise ValueError(f"centering_coef must not be negative, got {centering_coef}")
-    leads = scores if margin is None else torch.cat([scores[..., :1] - margin.unsqueeze(-1), scores[..., 1:]], dim=-1)
+    _require_not_negative("centering_coef", centering_coef)
+    leads = scores
+    if margin is not None:
+        require_same_shape(scores[..., 0], margin=margin)
+        leads = torch.cat([scores[..., :1] - margin.unsqueeze(-1), scores[..., 1:]], dim=-1)
     loss = -plackett_luce_logprob(leads, mask)
     if centering_coef == 0:
         return loss
-    if mask is None:
-        mean = scores.mean(-1)
-    else:
-        mean = scores.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
+    num_present = scores.shape[-1] if mask is None else mask.sum(-1).clamp(min=1)
+    mean = fill_masked(scores, mask).sum(-1) / num_present
     return loss + centering_coef * (2 * mean).square()
 
 
@@ -109,6 +114,7 @@ def implicit_rewards(
     Source: eq. 5 of Rafailov et al. 2023 (arXiv 2305.18290).
     """
     _require_positive("beta", beta)
+    require_same_shape(logprobs, ref_logprobs=ref_logprobs)
     return beta * (logprobs - ref_logprobs)
 
 
@@ -227,12 +233,13 @@ def ipo(
     _require_positive("beta", beta)
     if (chosen_lengths is None) != (rejected_lengths is None):
         raise ValueError("ipo takes the lengths of both completions or of neither")
-    chosen_log_ratio = chosen_logprobs - ref_chosen_logprobs
-    rejected_log_ratio = rejected_logprobs - ref_rejected_logprobs
     if chosen_lengths is not None and rejected_lengths is not None:
-        chosen_log_ratio = chosen_log_ratio / chosen_lengths
-        rejected_log_ratio = rejected_log_ratio / rejected_lengths
-    return (chosen_log_ratio - rejected_log_ratio - 1 / (2 * beta)).square()
+        require_same_shape(chosen_logprobs, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
+        chosen_logprobs, ref_chosen_logprobs = chosen_logprobs / chosen_lengths, ref_chosen_logprobs / chosen_lengths
+        rejected_logprobs = rejected_logprobs / rejected_lengths
+        ref_rejected_logprobs = ref_rejected_logprobs / rejected_lengths
+    margin = _log_ratio_margin(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
+    return (margin - 1 / (2 * beta)).square()
 
 
 def hinge(
@@ -276,10 +283,39 @@ def simpo(
     Source: eq. 6 of Meng, Xia & Chen 2024 (arXiv 2405.14734).
     """
     _require_positive("beta", beta)
-    if margin < 0:
-        raise ValueError(f"margin must not be negative, got {margin}")
+    _require_not_negative("margin", margin)
+    require_same_shape(
+        chosen_logprobs,
+        rejected_logprobs=rejected_logprobs,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+    )
     lead = chosen_logprobs / chosen_lengths - rejected_logprobs / rejected_lengths
     return -logsigmoid(beta * lead - margin)
+
+
+def odds_ratio_loss(
+    chosen_logprobs: Float[Tensor, "*batch"],
+    rejected_logprobs: Float[Tensor, "*batch"],
+    *,
+    chosen_lengths: Lengths,
+    rejected_lengths: Lengths,
+) -> Float[Tensor, "*batch"]:
+    """The comparing term of ORPO.
+
+        L_OR = −log σ( log odds(y_w|x) − log odds(y_l|x) ),   odds = p/(1 − p),   p(y|x) = exp(log π(y|x)/|y|)
+
+    p is the geometric mean of the token probabilities. Lengths are counts of scored tokens, ≥ 1. A p that rounds to 1
+    is held one rounding step below it, without gradient: its odds would be infinite.
+    Source: eqs. 4 and 7 of Hong, Lee & Thorne 2024 (arXiv 2403.07691).
+    """
+    require_same_shape(
+        chosen_logprobs,
+        rejected_logprobs=rejected_logprobs,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+    )
+    return -logsigmoid(_log_odds(chosen_logprobs / chosen_lengths) - _log_odds(rejected_logprobs / rejected_lengths))
 
 
 def orpo(
@@ -288,17 +324,21 @@ def orpo(
     *,
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
+    coef: float,
 ) -> Float[Tensor, "*batch"]:
-    """The odds-ratio term of ORPO; the whole objective adds the chosen completion's own NLL: L_SFT + λ·L_OR.
+    """Odds-ratio preference optimisation: fine-tuning on the chosen completion and comparing, in one loss.
 
-        L_OR = −log σ( log odds(y_w|x) − log odds(y_l|x) ),   odds(y|x) = p/(1 − p),   p = exp(log π(y|x)/|y|)
+        L = −log π(y_w|x)/|y_w| + λ·L_OR
 
-    p is the geometric mean of the token probabilities. Lengths are counts of scored tokens, ≥ 1. A p that rounds to 1
-    is held one rounding step below it, without gradient: its odds would be infinite.
-    Source: eqs. 4, 6 and 7 of Hong, Lee & Thorne 2024 (arXiv 2403.07691).
+    No reference policy; meant to start from the base model. ``coef`` is λ, L_OR is ``odds_ratio_loss``. The first term
+    is over the completion's tokens only. Raises ``ValueError`` for a negative λ.
+    Source: eq. 6 of Hong, Lee & Thorne 2024 (arXiv 2403.07691).
     """
-    log_odds_ratio = _log_odds(chosen_logprobs / chosen_lengths) - _log_odds(rejected_logprobs / rejected_lengths)
-    return -logsigmoid(log_odds_ratio)
+    _require_not_negative("coef", coef)
+    compared = odds_ratio_loss(
+        chosen_logprobs, rejected_logprobs, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
+    )
+    return coef * compared - chosen_logprobs / chosen_lengths
 
 
 def plackett_luce_dpo(
@@ -338,14 +378,17 @@ def rpo(
     Raises ``ValueError`` unless β > 0 and α ≥ 0.
     Source: eq. 1 of Pang et al. 2024 (arXiv 2404.19733).
     """
-    if alpha < 0:
-        raise ValueError(f"alpha must not be negative, got {alpha}")
+    _require_not_negative("alpha", alpha)
+    require_same_shape(chosen_logprobs, chosen_lengths=chosen_lengths)
     losses = dpo(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta=beta)
     return losses - alpha * chosen_logprobs / chosen_lengths
 
 
 def _log_ratio_margin(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
     """h: how much more the policy leans to the chosen completion than its reference does."""
+    require_same_shape(
+        chosen, rejected_logprobs=rejected, ref_chosen_logprobs=ref_chosen, ref_rejected_logprobs=ref_rejected
+    )
     return (chosen - ref_chosen) - (rejected - ref_rejected)
 
 
@@ -365,6 +408,11 @@ def _log_odds(logprobs: Tensor) -> Tensor:
 def _require_positive(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
+
+
+def _require_not_negative(name: str, value: float) -> None:
+    if not value >= 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
 
 
 def _require_noise_rate(label_smoothing: float) -> None:
