@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import tyro
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -54,6 +55,12 @@ class Settings:
     def __post_init__(self) -> None:
         check_range(self, "learning_rate", above=0)
         check_range(self, "limit", at_least=1, below=1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithFiles:
+    files: tyro.conf.Positional[tuple[str, ...]]
+    limit: int = 1
 
 
 def read(tmp_path: Path, text: str, *flags: str) -> Settings:
@@ -235,6 +242,16 @@ def test_a_mistake_in_a_file_names_its_place(tmp_path, capsys, text, message):
     with pytest.raises(SettingsError, match=message):
         parse(Settings, ["--config", str(tmp_path / "c.yaml")], "p")
     assert capsys.readouterr() == ("", "")
+
+
+def test_an_argument_without_a_flag_is_no_setting_of_a_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("files: [a]\n")
+    with pytest.raises(SettingsError, match="files: unknown setting"):
+        parse(WithFiles, ["--config", str(tmp_path / "c.yaml"), "b"], "p")
+    (tmp_path / "c.yaml").write_text("limit: 3\n")
+    assert parse(WithFiles, ["--config", str(tmp_path / "c.yaml"), "b", "c"], "p") == WithFiles(
+        files=("b", "c"), limit=3
+    )
 
 
 def test_a_file_that_can_t_be_read(tmp_path):

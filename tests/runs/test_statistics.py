@@ -57,7 +57,7 @@ FOUR_STANDARD_ERRORS = 4 * math.sqrt(0.95 * 0.05 / NUM_SIMULATIONS)
 
 @pytest.mark.parametrize("truth", [0.5, 0.62, 0.9])
 def test_the_interval_covers_as_often_as_it_says(truth):
-    """The probability that it covers, summed over all 701 possible counts. Counts are whole, so 95 % is not met exactly."""
+    """The probability that it covers, summed over all 701 counts. Counts are whole, so 95 % is not met exactly."""
     count = 700
     intervals = [accuracy_interval([1] * wins + [0] * (count - wins)) for wins in range(count + 1)]
     inside = np.array([low <= truth <= high for _, low, high in intervals])

@@ -187,7 +187,7 @@ def _entries_of(path: str | Path, settings_class: type) -> list[_Entry]:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise SettingsError(f"can't read the settings: {reason}", where=str(path)) from error
     annotations = typing.get_type_hints(settings_class)
-    known = [field.name for field in fields(settings_class)]
+    known = [field.name for field in fields(settings_class) if not _is_positional(settings_class, field.name)]
     entries = []
     for key, value, line in _read(text, str(path)):
         name = key.replace("-", "_")
@@ -305,6 +305,15 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
     """The members of a union; the annotation itself where it is none."""
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if union else (annotation,)
+
+
+def _is_positional(settings_class: type, name: str) -> bool:
+    """Whether the setting is an argument without a flag: those belong on the command line."""
+    import tyro
+
+    marker = typing.get_args(tyro.conf.Positional[int])[1]
+    annotation = typing.get_type_hints(settings_class, include_extras=True)[name]
+    return marker in getattr(annotation, "__metadata__", ())
 
 
 def _allows_none(annotation: Any) -> bool:
