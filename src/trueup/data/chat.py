@@ -273,7 +273,7 @@ class _Chat:
                 start_text=self._start_text,
             )
         except (jinja2.TemplateError, TypeError, AttributeError) as error:
-            raise TemplateRefusal(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+            raise TemplateRefusal(_one_line(str(error)) or type(error).__name__) from error
 
     def prompt_text(self, prompt: Conversation) -> str:
         """The marked text of a prompt, generation prompt included."""
@@ -314,6 +314,11 @@ class _Chat:
             if end >= 0:
                 return end
         raise ModelError("the chat template leaves an assistant's turn without an end token", way_out=WITHOUT_TEMPLATE)
+
+
+def _one_line(text: str) -> str:
+    """The message of a template, which may quote the data: one line, nothing that a terminal would obey."""
+    return "".join(character if character.isprintable() else " " for character in text[:200])
 
 
 class TemplateRefusal(Exception):

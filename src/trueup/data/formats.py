@@ -62,12 +62,16 @@ def _column(fields: Fields, names: Sequence[str]) -> str | None:
 def _need(fields: Fields, *names: str) -> Any:
     name = _column(fields, names)
     if name is None:
-        columns = ", ".join(sorted(map(str, fields))) or "none"
         raise DataError(
-            f"the column {' or '.join(map(repr, names))} is missing or empty (columns here: {columns})",
+            f"the column {' or '.join(map(repr, names))} is missing or empty (columns here: {_columns(fields)})",
             way_out="complete the row, or tell the format with data_format",
         )
     return fields[name]
+
+
+def _columns(fields: Fields) -> str:
+    """The names of the columns that hold something, quoted: they may hold anything themselves."""
+    return ", ".join(repr(str(name)) for name, value in fields.items() if value is not None) or "none"
 
 
 def _string(value: Any, column: str) -> str:
@@ -480,9 +484,8 @@ def detect_format(first_rows: Sequence[Row], task: Task | None) -> str:
         raise DataError("there are no rows")
     if None in found:
         row = found[None]
-        columns = ", ".join(str(name) for name, value in row.fields.items() if value is not None) or "none"
         raise DataError(
-            f"no known format has these columns and types: {columns}",
+            f"no known format has these columns and types: {_columns(row.fields)}",
             where=row.where,
             way_out=f"rename the columns, or name the format with data_format. Known:\n{wanted}",
         )

@@ -1,0 +1,284 @@
+"""A look at data before training: format, counts, lengths, what is dropped and why, and what exactly is trained."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trueup.data.chat import TokenizeSettings, tokenize_group
+from trueup.data.formats import FORMATS, ReadReport, Source, Task, read_examples
+from trueup.records import CompletionGroup, RankedCompletions, Text
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from transformers import PreTrainedTokenizerBase
+
+OPEN, CLOSE = "⟦", "⟧"
+"""What stands around trained text, also where there are no colours."""
+
+PERCENTILES = (5, 50, 95, 99)
+MAX_SHOWN = 1200
+"""Characters of one part of an example that are shown; the middle of a longer one is left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A stretch of an example's text, and whether it is trained."""
+
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownExample:
+    """A prompt and its completions, best first, as stretches of text."""
+
+    where: str
+    prompt: tuple[Part, ...]
+    completions: tuple[tuple[Part, ...], ...]
+    cut: tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheck:
+    """What a file holds. Lengths: int64 [rows kept] for prompts, one array per row for its completions, in ``unit``."""
+
+    report: ReadReport
+    unit: str
+    prompt_lengths: np.ndarray
+    completion_lengths: tuple[np.ndarray, ...]
+    examples: tuple[ShownExample, ...]
+
+    @property
+    def longer_wins(self) -> float | None:
+        """How often the chosen side of a pair is the longer one (ties count ½): what always preferring the longer
+        answer would score. None without pairs."""
+        gaps = [int(lengths[0] - lengths[1]) for lengths in self.completion_lengths if len(lengths) == 2]
+        return float(np.mean(np.sign(gaps) / 2 + 0.5)) if gaps else None
+
+
+def check_data(
+    source: Source,
+    *,
+    task: Task | None = None,
+    data_format: str = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: TokenizeSettings | None = None,
+    num_examples: int = 3,
+) -> DataCheck:
+    """Read all of ``source`` and measure it: in tokens with a tokenizer, otherwise in words.
+
+    Malformed rows are collected in the report; reading goes on after them. Raises ``DataError`` for a source that can't
+    be read at all, ``ModelError`` for a tokenizer that does not do.
+    """
+    report = ReadReport()
+    settings = settings or TokenizeSettings()
+    prompts: list[int] = []
+    completions: list[np.ndarray] = []
+    shown: list[ShownExample] = []
+    for example in read_examples(source, task=task, data_format=data_format, report=report, strict=False):
+        group = None
+        if tokenizer is not None:
+            group = tokenize_group(tokenizer, example, settings, report)
+            if group is None:
+                continue
+        if group is None:
+            prompts.append(_num_words(example.prompt))
+            completions.append(np.array([_num_words(completion) for completion in example.completions]))
+        else:
+            prompts.append(len(group.prompt))
+            completions.append(np.array([len(completion.tokens) for completion in group.completions]))
+        if len(shown) < num_examples:
+            shown.append(_shown_text(example) if group is None else _shown_tokens(tokenizer, group))
+    return DataCheck(
+        report=report,
+        unit="words" if tokenizer is None else "tokens",
+        prompt_lengths=np.array(prompts, dtype=np.int64),
+        completion_lengths=tuple(completions),
+        examples=tuple(shown),
+    )
+
+
+def _num_words(text: Text) -> int:
+    return len(text.split()) if isinstance(text, str) else sum(len(str(turn["content"]).split()) for turn in text)
+
+
+def _shown_text(example: RankedCompletions) -> ShownExample:
+    """Without a tokenizer: the turns by name, what the assistant says in a completion as trained."""
+
+    def parts(text: Text, *, completion: bool) -> tuple[Part, ...]:
+        if isinstance(text, str):
+            return (Part(text=text, trained=completion),)
+        return tuple(
+            part
+            for turn in text
+            for part in (
+                Part(text=f"{turn['role']}: ", trained=False),
+                Part(text=str(turn["content"]), trained=completion and turn["role"] == "assistant"),
+                Part(text="\n", trained=False),
+            )
+        )
+
+    return ShownExample(
+        where=example.where,
+        prompt=parts(example.prompt, completion=False),
+        completions=tuple(parts(completion, completion=True) for completion in example.completions),
+        cut=(False,) * len(example.completions),
+    )
+
+
+def _shown_tokens(tokenizer: PreTrainedTokenizerBase | None, group: CompletionGroup) -> ShownExample:
+    """With a tokenizer: exactly the tokens, special ones included, as the model gets them."""
+    assert tokenizer is not None
+
+    def parts(tokens: np.ndarray, mask: np.ndarray) -> tuple[Part, ...]:
+        stretches = groupby(range(len(tokens)), key=lambda index: bool(mask[index]))
+        return tuple(
+            Part(text=str(tokenizer.decode(tokens[list(indices)].tolist())), trained=trained)
+            for trained, indices in stretches
+        )
+
+    return ShownExample(
+        where=group.where,
+        prompt=parts(group.prompt, np.zeros(len(group.prompt), dtype=bool)),
+        completions=tuple(parts(each.tokens, each.completion_mask) for each in group.completions),
+        cut=tuple(each.truncated for each in group.completions),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- output
+
+
+def visible(text: str) -> str:
+    """``text`` with everything that a terminal would obey rather than show written out: ``\\x1b``, ``\\u202e``.
+
+    Line breaks and tabs stay. The brackets that mark trained text are written out too, so that data can't forge them.
+    """
+    return "".join(
+        character
+        if character in "\n\t" or (unicodedata.category(character)[0] not in "CZ" and character not in OPEN + CLOSE)
+        else character
+        if character == " "
+        else character.encode("ascii", "backslashreplace").decode()
+        if ord(character) > 127
+        else f"\\x{ord(character):02x}"
+        for character in text
+    )
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= MAX_SHOWN:
+        return text
+    half = MAX_SHOWN // 2
+    return f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"
+
+
+def print_check(check: DataCheck, console: Console, *, name: str) -> None:
+    """Print a check. All that comes from the data is shown, never interpreted: neither markup nor control codes."""
+    for block in _blocks(check, name):
+        console.print(block, markup=False, highlight=False, soft_wrap=True)
+
+
+def _blocks(check: DataCheck, name: str) -> Iterator[RenderableType]:
+    from rich.text import Text as Line
+
+    report = check.report
+    chosen_only = report.task == "sft" and FORMATS[report.format].task == "preference"
+    yield Line(visible(name), style="bold")
+    how = "detected" if report.detected else "as told"
+    yield Line(f"  format   {report.format} ({how}): {FORMATS[report.format].columns}")
+    if chosen_only:
+        yield Line("           preference data read as demonstrations: the chosen side only")
+    yield Line(f"  rows     {report.num_rows:,} read, {report.num_kept:,} kept{_sizes(check)}")
+    yield from map(Line, _counted("dropped", report.dropped, report.first_dropped))
+    yield from map(Line, _counted("noted", report.noted, report.first_noted))
+    if report.malformed:
+        malformed = {error.what: 0 for error in report.malformed}
+        first = {error.what: error.where or "" for error in reversed(report.malformed)}
+        for error in report.malformed:
+            malformed[error.what] += 1
+        yield from map(Line, _counted("broken", malformed, first))
+    if report.num_completions_cut:
+        yield Line(f"  cut      {report.num_completions_cut:,} completions, whose end is not trained")
+    if report.num_prompts_cut:
+        yield Line(f"  cut      {report.num_prompts_cut:,} prompts, to their last tokens")
+    if len(check.prompt_lengths):
+        yield Line()
+        yield _length_table(check)
+    if check.longer_wins is not None:
+        yield Line()
+        yield Line(
+            f"  The chosen side is the longer one in {100 * check.longer_wins:.1f} % of the pairs (ties count ½)."
+        )
+    for number, example in enumerate(check.examples, 1):
+        yield Line()
+        yield Line(f"── example {number}: {visible(example.where)} ", style="bold")
+        yield from _example_lines(example)
+    if check.examples:
+        yield Line()
+        yield Line(f"{OPEN}…{CLOSE} is trained" + ("" if check.unit == "tokens" else "; with --tokenizer: every token"))
+
+
+def _counted(title: str, counts: dict[str, int], first: dict[str, str]) -> Iterator[str]:
+    for place, (what, count) in enumerate(counts.items()):
+        yield visible(f"  {title if place == 0 else '':8} {count:,} × {what} (first: {first[what]})")
+
+
+def _sizes(check: DataCheck) -> str:
+    sizes = sorted({len(lengths) for lengths in check.completion_lengths})
+    if not sizes or sizes == [1]:
+        return ""
+    return " (pairs)" if sizes == [2] else f" ({sizes[0]} to {sizes[-1]} ranked completions each)"
+
+
+def _length_table(check: DataCheck) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(f"  length in {check.unit}")
+    for title in ("mean", "least", *(f"{percentile} %" for percentile in PERCENTILES), "most"):
+        table.add_column(title, justify="right")
+    for title, lengths in _measured(check):
+        numbers = [np.mean(lengths), np.min(lengths), *np.percentile(lengths, PERCENTILES), np.max(lengths)]
+        table.add_row(f"  {title}", *(f"{number:,.0f}" for number in numbers))
+    return table
+
+
+def _measured(check: DataCheck) -> Iterator[tuple[str, Sequence[int]]]:
+    lengths = check.completion_lengths
+    yield "prompt", check.prompt_lengths.tolist()
+    if {len(each) for each in lengths} == {2}:
+        yield "chosen", [int(each[0]) for each in lengths]
+        yield "rejected", [int(each[1]) for each in lengths]
+    else:
+        yield "completion", [int(length) for each in lengths for length in each]
+    longest = zip(check.prompt_lengths, lengths, strict=True)
+    yield "prompt + longest completion", [int(prompt + each.max()) for prompt, each in longest]
+
+
+def _example_lines(example: ShownExample) -> Iterator[RenderableType]:
+    yield _marked(example.prompt)
+    titles = {1: ("completion",), 2: ("chosen", "rejected")}.get(
+        len(example.completions), tuple(f"rank {rank}" for rank in range(1, len(example.completions) + 1))
+    )
+    from rich.text import Text as Line
+
+    for title, completion, cut in zip(titles, example.completions, example.cut, strict=True):
+        yield Line(f"── {title}{' (cut)' if cut else ''}", style="bold")
+        yield _marked(completion)
+
+
+def _marked(parts: Iterable[Part]) -> RenderableType:
+    from rich.text import Text as Line
+
+    line = Line()
+    for part in parts:
+        text = visible(_shortened(part.text))
+        line.append(f"{OPEN}{text}{CLOSE}" if part.trained else text, style="green" if part.trained else "dim")
+    line.rstrip()
+    return line
