@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trueup.errors import ModelError, SettingsError, require_extra
+from trueup.models.load import no_progress_bars
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -58,7 +59,7 @@ def add_lora(
     with torch.random.fork_rng(devices=[]), quiet_peft():
         torch.manual_seed(seed)
         try:
-            peft.get_peft_model(model, config)
+            peft.get_peft_model(model, config).train(model.training)  # its dropout would start switched on
         except ValueError as error:
             raise ModelError(
                 f"no LoRA on this model: {str(error).splitlines()[0]}",
@@ -106,8 +107,9 @@ def merged_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     in place and undoing it would leave rounding errors in the base weights.
     """
     modules: Any = model.named_modules()
+    # The parameter is called "weight" in a linear layer; in fused experts, which are wrapped once for each, otherwise.
     deltas = {
-        f"{name}.base_layer.weight": module.get_delta_weight(ADAPTER)
+        f"{plain_name(name)}.{getattr(module, 'parameter_name', 'weight')}": module
         for name, module in modules
         if hasattr(module, "get_delta_weight")
     }
@@ -115,10 +117,17 @@ def merged_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         if "lora_" in name or ".original_module." in name:
             continue
+        name = plain_name(name)
         if name in deltas:
-            tensor = (tensor.float() + deltas[name].detach().float()).to(tensor.dtype)
-        merged[name.replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")] = tensor.cpu()
+            delta = deltas[name].get_delta_weight(ADAPTER).detach()
+            tensor = (tensor.float() + delta.float()).to(tensor.dtype)
+        merged[name] = tensor.cpu()
     return merged
+
+
+def plain_name(name: str) -> str:
+    """What a module or parameter is called in the model without adapters."""
+    return name.replace(".base_layer", "").replace(f".modules_to_save.{ADAPTER}", "")
 
 
 def merge_and_save(model: PreTrainedModel, folder: str | Path) -> None:
@@ -126,7 +135,8 @@ def merge_and_save(model: PreTrainedModel, folder: str | Path) -> None:
 
     A model without adapters is saved as it is.
     """
-    model.save_pretrained(folder, state_dict=merged_state_dict(model) if has_adapter(model) else None)
+    with no_progress_bars():
+        model.save_pretrained(folder, state_dict=merged_state_dict(model) if has_adapter(model) else None)
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
@@ -192,5 +202,7 @@ def is_reward_model(model: nn.Module) -> bool:
 def quiet_peft() -> Iterator[None]:
     """Silence remarks on choices that ``peft`` makes rightly by itself."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+        warnings.filterwarnings(
+            "ignore", message=".*(fan_in_fan_out|_pattern keys did not|is_gradient_checkpointing).*"
+        )
         yield

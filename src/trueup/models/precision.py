@@ -15,8 +15,8 @@ class MasterWeights:
     """Float32 copies of low-precision parameters, for the optimiser to work on.
 
     bfloat16 has 8 significant bits: an update below 1/512 of a weight rounds to nothing (depending on the weight, one
-    up to 1/256), and at the learning rates of fine-tuning most updates are smaller. So the model computes in bfloat16 and the optimiser
-    keeps what rounding would lose (Micikevicius et al. 2018, arXiv 1710.03740, section 3.1):
+    up to 1/256), and at the learning rates of fine-tuning most updates are smaller. So the model computes in bfloat16
+    and the optimiser keeps what rounding would lose (Micikevicius et al. 2018, arXiv 1710.03740, section 3.1):
 
         master ← master − update(master.grad)         in float32
         parameter ← round(master)                     in bfloat16

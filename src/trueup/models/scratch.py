@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trueup.errors import ModelError, SettingsError
+from trueup.models.load import no_progress_bars
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<end>"
 
@@ -35,8 +36,8 @@ def make_model(
 
     The vocabulary is ``<pad>``, ``<unk>``, ``<end>`` (0, 1, 2: the end token is not the padding token), then the
     distinct ``characters`` in order of appearance; any other character is ``<unk>``. ``intermediate_size`` is
-    4 × ``hidden_size`` by default, ``max_length`` the longest sequence, in tokens. The same arguments write the same weights. The folder
-    loads with plain ``AutoModelForCausalLM`` and ``AutoTokenizer``, and appears whole or not at all.
+    4 × ``hidden_size`` by default, ``max_length`` the longest sequence, in tokens. The same arguments write the same
+    weights. The folder loads with plain ``AutoModelForCausalLM`` and ``AutoTokenizer``; it appears whole or not at all.
 
     Raises ``SettingsError`` for a family or size that makes no model, ``ModelError`` if ``folder`` has something in it.
     """
@@ -45,6 +46,7 @@ def make_model(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelError("is in use already", where=str(folder), way_out="choose another folder, or remove this one")
     tokenizer = character_tokenizer(characters, max_length=max_length, chat_template=chat_template)
+    width = intermediate_size or 4 * hidden_size
     config = AutoConfig.for_model(
         family,
         vocab_size=len(tokenizer),
@@ -53,7 +55,7 @@ def make_model(
         num_attention_heads=num_heads,
         num_key_value_heads=num_heads,
         head_dim=hidden_size // num_heads,
-        intermediate_size=intermediate_size or 4 * hidden_size,
+        **{"n_inner" if family == "gpt2" else "intermediate_size": width},
         max_position_embeddings=max_length,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
@@ -65,7 +67,8 @@ def make_model(
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        model.save_pretrained(staging)
+        with no_progress_bars():
+            model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         staging.chmod(0o755)
         staging.replace(folder)

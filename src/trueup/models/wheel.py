@@ -169,6 +169,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from trueup.models.load import no_progress_bars
+
     metadata = read_metadata(gguf)
     architecture = metadata["general.architecture"]
     if architecture != "llama":
@@ -197,7 +199,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     model.tie_weights()
     if unfilled := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ModelError(f"it has no weights for {unfilled[0]}", where=gguf.name)
-    model.save_pretrained(folder)
+    with no_progress_bars():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
