@@ -94,6 +94,13 @@ def test_resuming_with_other_settings_names_them(folder):
     assert "model" not in message.replace(str(folder.path), "")
 
 
+def test_a_setting_that_came_with_a_later_version_doesn_t_bar_resuming(folder):
+    config = folder.path / "config.yaml"
+    config.write_text(config.read_text().replace("quiet: false\n", "gone: 3\n"))
+    RunFolder.create(folder.path, Settings(), resume=True)
+    assert config.read_text().endswith("quiet: false\n")
+
+
 def test_what_may_change_may_and_is_written(folder):
     RunFolder.create(folder.path, replace(Settings(), quiet=True), resume=True, may_change=["quiet"])
     assert "quiet: true" in (folder.path / "config.yaml").read_text()

@@ -200,11 +200,10 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 def _check_same(config: Path, settings: Any, may_change: frozenset[str]) -> None:
     old, new = values_from_yaml(config.read_text(encoding="utf-8")), values_from_yaml(to_yaml(settings))
-    changed = [key for key in sorted(old.keys() | new.keys()) if key not in may_change and old.get(key) != new.get(key)]
+    # A setting that only one of the two has came or went with another version of the library.
+    changed = [key for key in old.keys() & new.keys() - may_change if old[key] != new[key]]
     if changed:
-        listed = "; ".join(
-            f"{key}: {old.get(key, 'not there')} then, {new.get(key, 'not there')} now" for key in changed
-        )
+        listed = "; ".join(f"{key}: {old[key]} then, {new[key]} now" for key in sorted(changed))
         raise CheckpointError(
             f"this run was started with other settings ({listed})",
             where=str(config),
