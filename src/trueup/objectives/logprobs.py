@@ -278,6 +278,6 @@ def _raised(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
-def _require_positive(name: str, value: float) -> None:
+def _require_positive(name: str, value: float | int) -> None:
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")

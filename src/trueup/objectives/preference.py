@@ -2,8 +2,8 @@
 
 Every loss is a function of **sequence** log-probabilities (the sum of the token log-probabilities of one completion) or
 of scalar scores. Shapes are ``[*batch]`` for pairs and ``[*batch, K]`` for ranked lists, the best first. Losses come
-back unreduced, one per pair or list; logarithms are natural, so losses are in nats. Every function raises ``ValueError``
-for shapes that differ.
+back unreduced, one per pair or list; logarithms are natural, so losses are in nats. Every function raises
+``ValueError`` for shapes that differ.
 
 The four arguments that most losses share, all ``[*batch]``::
 
