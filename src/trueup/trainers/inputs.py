@@ -56,6 +56,8 @@ def load_inputs(
             max_length=settings.max_length,
             max_prompt_length=settings.max_prompt_length,
             overlong_prompt=settings.overlong_prompt,
+            chat_template=settings.chat_template,
+            train_turns=settings.train_turns,
         )
         groups = (tokenize_group(tokenizer, example, how, report) for example in examples)
         return (group for group in groups if group is not None)

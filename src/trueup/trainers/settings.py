@@ -41,6 +41,11 @@ class TrainSettings:
     overlong_prompt: Literal["drop", "keep_end"] = "drop"
     """What to do with a prompt that is too long: drop its row, or keep the prompt's end. Both are counted."""
 
+    chat_template: str | None = None
+    """Chat template in place of the tokenizer's own: plain (Human: / Assistant:), a Jinja template, or a file of one."""
+    train_turns: Literal["all", "last"] = "all"
+    """Which of the assistant's turns are trained where a row holds several: all, or the last one."""
+
     num_epochs: int = 1
     """Passes over the data."""
     max_steps: int | None = None
