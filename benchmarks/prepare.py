@@ -1,0 +1,130 @@
+"""Fill the folder that both sides read: the models, drawn once from seeds, and the pairs as token ids."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import protocol
+import torch
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
+
+from trueup.data.chat import TokenizeSettings, load_groups
+from trueup.data.collate import epoch_order
+from trueup.records import CompletionGroup
+
+MAX_LENGTH = 1024
+SEED = 0
+PADDING = "<|endoftext|>"
+
+
+def shared_data() -> Path:
+    """Where the real data lie: ``$TRUEUP_SHARED_DATA``, or beside the repository."""
+    root = Path(__file__).resolve().parents[1]
+    return Path(os.environ.get("TRUEUP_SHARED_DATA", root.parent / "shared" / "data"))
+
+
+def load_bench_tokenizer(folder: Path) -> Any:
+    """The tokenizer, padding apart from its end token.
+
+    Where they are one, transformers' reward models score the token before the end token, and ``trueup`` would choose
+    another padding itself: the two sides would not score the same thing.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.pad_token = PADDING
+    return tokenizer
+
+
+def model_config(tokenizer: Any) -> LlamaConfig:
+    """A Llama of 288 × 6: 6.0 M parameters in the layers, and 288 for each entry of the vocabulary (tied)."""
+    config = LlamaConfig(
+        hidden_size=288,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        intermediate_size=768,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=2 * MAX_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config.num_labels = 1  # of the reward model
+    return config
+
+
+def write_models(work: protocol.Work, tokenizer: Any) -> None:
+    config = model_config(tokenizer)
+    for folder, architecture, seed in (
+        (work.policy, LlamaForCausalLM, SEED),
+        (work.reference, LlamaForCausalLM, SEED + 1),
+        (work.reward_model, LlamaForSequenceClassification, SEED),
+    ):
+        torch.manual_seed(seed)
+        architecture(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def draw(groups: Sequence[CompletionGroup], num_steps: int, batch_size: int) -> list[CompletionGroup]:
+    """Groups for ``num_steps`` steps, drawn at random; inside a step sorted by length.
+
+    Sorting is for the peer: it then pads micro-batches of like lengths. It changes no loss, since a step is the mean
+    over its rows, and nothing for ``trueup``, which sorts by itself and pads no rows.
+    """
+    needed = num_steps * batch_size
+    if len(groups) < needed:
+        raise SystemExit(f"the data hold {len(groups)} pairs, and {num_steps} steps of {batch_size} need {needed}")
+    drawn = [groups[index] for index in epoch_order(len(groups), SEED, 0)[:needed]]
+    steps = [drawn[start : start + batch_size] for start in range(0, needed, batch_size)]
+    return [group for step in steps for group in sorted(step, key=padded_length)]
+
+
+def padded_length(group: CompletionGroup) -> int:
+    """Tokens of the longer of the group's rows (prompt and completion)."""
+    return len(group.prompt) + max(len(completion.tokens) for completion in group.completions)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=lambda text: protocol.Work(folder=Path(text)), required=True)
+    parser.add_argument("--num-steps", type=int, required=True)
+    parser.add_argument("--batch-size", type=int, required=True)
+    parser.add_argument("--data", type=Path, default=shared_data() / "hh-rlhf" / "helpful-base.test.jsonl.gz")
+    parser.add_argument("--tokenizer", type=Path, default=shared_data() / "smollm2-tokenizer")
+    args = parser.parse_args()
+    for path in (args.data, args.tokenizer):
+        if not path.exists():
+            raise SystemExit(f"{path} is not there: set TRUEUP_SHARED_DATA, or name --data and --tokenizer")
+    tokenizer = load_bench_tokenizer(args.tokenizer)
+    settings = TokenizeSettings(max_length=MAX_LENGTH, overlong_completion="drop")
+    groups, _ = load_groups(args.data, tokenizer, task="preference", settings=settings)
+    pairs = [
+        protocol.Pair(
+            prompt=group.prompt.tolist(),
+            chosen=group.completions[0].tokens.tolist(),
+            rejected=group.completions[1].tokens.tolist(),
+        )
+        for group in draw(groups, args.num_steps, args.batch_size)
+    ]
+    protocol.write_pairs(args.work, pairs)
+    write_models(args.work, tokenizer)
+    protocol.emit(
+        num_pairs=len(pairs),
+        mean_prompt=sum(len(pair.prompt) for pair in pairs) / len(pairs),
+        mean_chosen=sum(len(pair.chosen) for pair in pairs) / len(pairs),
+        mean_rejected=sum(len(pair.rejected) for pair in pairs) / len(pairs),
+    )
+
+
+if __name__ == "__main__":
+    main()

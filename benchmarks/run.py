@@ -1,0 +1,350 @@
+"""One training step of DPO, SFT and a reward model: TRL and ``trueup`` in turn, on the same model, data and order.
+
+``make bench`` runs it with no options. It needs no package: each side runs in a process and an environment of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import protocol
+from compare import Agreement, Comparison, Run, Step, Tolerance, agreement, compare
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PEER_ENVIRONMENT = ROOT / ".venv-trl"
+
+TOLERANCES = {
+    "float32": Tolerance(loss=1e-5, grad_norm=1e-4),
+    # The peer multiplies in bfloat16 under autocast and keeps the rest in float32; trueup computes all of the model in
+    # bfloat16. A relative error of 2⁻⁹ at every product leaves about two digits in common.
+    "bfloat16": Tolerance(loss=1e-2, grad_norm=5e-2),
+}
+
+# glibc gives blocks above a threshold back to the kernel and gets them again, zeroed page by page, at the next step.
+ALLOCATORS = {
+    "default": {},
+    "keep": {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)},
+}
+
+WARMUP_STEPS = 1
+GIVE_UP_AT = 1.3
+"""A micro-batch this much slower than a smaller one ends the search: larger ones only take more memory."""
+
+
+class SideFailed(RuntimeError):
+    """A side ended with an error; the message holds the end of what it printed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One configuration of the peer, and its seconds per step; None where it could not run."""
+
+    options: tuple[str, ...]
+    seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One row of the table."""
+
+    objective: str
+    allocator: str
+    peer_options: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    agreement: Agreement
+    comparison: Comparison
+    ours: tuple[Run, ...]
+    peer: tuple[Run, ...]
+
+
+def our_python() -> Path:
+    """The interpreter that has ``trueup``: the one of ``.venv``, or else the one that runs this."""
+    python = ROOT / ".venv" / "bin" / "python"
+    return python if python.exists() else Path(sys.executable)
+
+
+def peer_python() -> Path:
+    """The interpreter that has the peer: ``$TRUEUP_BENCH_PEER_PYTHON``, or that of ``.venv-trl``, made if needed.
+
+    Its packages are held to the versions of ``constraints.txt``, so that both sides run on the same PyTorch and
+    transformers. ``$TORCH_INDEX`` names another index for PyTorch alone, as in the Makefile.
+    """
+    given = os.environ.get("TRUEUP_BENCH_PEER_PYTHON")
+    if given:
+        return Path(given)
+    python, installed = PEER_ENVIRONMENT / "bin" / "python", PEER_ENVIRONMENT / ".installed"
+    if not installed.exists():
+        say(f"installing TRL into {PEER_ENVIRONMENT}")
+        subprocess.run([sys.executable, "-m", "venv", PEER_ENVIRONMENT], check=True)
+        install = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt"]
+        if index := os.environ.get("TORCH_INDEX"):
+            subprocess.run([*install, "torch", "--index-url", index], check=True)
+        subprocess.run([*install, "-r", HERE / "peer-requirements.txt"], check=True)
+        installed.touch()
+    return python
+
+
+def environment(threads: int, allocator: str) -> dict[str, str]:
+    """The environment of either side: this one's, with the given threads and nothing but the given malloc settings."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    return inherited | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | ALLOCATORS[allocator]
+
+
+def call(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """Run a script and parse its JSON lines. Raises ``SideFailed`` if it ends with an error."""
+    done = subprocess.run([str(part) for part in command], env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        tail = "\n".join(done.stderr.splitlines()[-15:])
+        raise SideFailed(f"{Path(command[1]).name} ended with exit code {done.returncode}:\n{tail}")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def parse_run(lines: Sequence[Mapping[str, Any]]) -> Run:
+    """The lines of a side: its steps, and last its memory."""
+    *steps, memory = lines
+    return Run(steps=tuple(Step(**step) for step in steps), **memory)
+
+
+def micro_batches(batch_size: int) -> list[int]:
+    """The sizes that divide a step evenly, from 1 on in powers of two."""
+    sizes = [1 << power for power in range(batch_size.bit_length())]
+    return [size for size in sizes if batch_size % size == 0]
+
+
+def fastest_options(
+    objective: str, batch_size: int, measure: Callable[[tuple[str, ...]], float | None]
+) -> tuple[tuple[str, ...], tuple[Trial, ...]]:
+    """The peer's fastest configuration, and all that were tried.
+
+    First the micro-batch, growing until it no longer helps; then, at the best one, the other attention; for SFT also
+    one flat row without padding, again with a growing micro-batch.
+    """
+    trials: list[Trial] = []
+
+    def attempt(*options: str) -> float:
+        trials.append(Trial(options=options, seconds=measure(options)))
+        return rank(trials[-1])
+
+    def rank(trial: Trial) -> float:
+        return math.inf if trial.seconds is None else trial.seconds
+
+    def grow(sizes: Sequence[int], *options: str) -> None:
+        best = math.inf
+        for size in sizes:
+            seconds = attempt("--micro-batch", str(size), *options)
+            if seconds == math.inf or seconds > GIVE_UP_AT * best:
+                return
+            best = min(best, seconds)
+
+    def fastest() -> tuple[str, ...]:
+        return min(trials, key=rank).options
+
+    sizes = micro_batches(batch_size)
+    grow(sizes)
+    attempt(*fastest(), "--attention", "eager")
+    if objective == "sft":
+        grow(sizes[1:], "--padding-free")  # a single row has no padding
+    return fastest(), tuple(trials)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What is the same for every run of either side."""
+
+    work: protocol.Work
+    num_steps: int
+    batch_size: int
+    precision: str
+    threads: int
+    our_python: Path
+    peer_python: Path
+    our_options: tuple[str, ...]
+
+    def _run(
+        self, python: Path, script: str, objective: str, allocator: str, options: Sequence[str], num_steps: int
+    ) -> Run:
+        shared = [objective, "--work", str(self.work.folder), "--num-steps", str(num_steps)]
+        shared += ["--batch-size", str(self.batch_size), "--precision", self.precision, "--threads", str(self.threads)]
+        env = environment(self.threads, allocator)
+        return parse_run(call([python, HERE / script, *shared, *options], env))
+
+    def ours(self, objective: str, allocator: str) -> Run:
+        return self._run(self.our_python, "ours.py", objective, allocator, self.our_options, self.num_steps)
+
+    def peer(self, objective: str, allocator: str, options: Sequence[str], num_steps: int | None = None) -> Run:
+        num_steps = num_steps or self.num_steps
+        return self._run(self.peer_python, "peer_trl.py", objective, allocator, options, num_steps)
+
+    def peer_seconds(self, objective: str, allocator: str, options: tuple[str, ...]) -> float | None:
+        """Seconds of one step after the warm-up, for the search of ``fastest_options``; None if it can't run."""
+        try:
+            seconds = self.peer(objective, allocator, options, WARMUP_STEPS + 1).seconds(WARMUP_STEPS)
+        except SideFailed as error:
+            say(f"  {' '.join(options)}: can't run ({str(error).splitlines()[-1]})")
+            return None
+        say(f"  {' '.join(options)}: {seconds:.2f} s/step")
+        return seconds
+
+    def result(self, objective: str, allocator: str, rounds: int, peer_options: tuple[str, ...] | None) -> Result:
+        """Both sides in turn. Raises ``Disagreement`` after the first round in which they did not compute the same."""
+        trials: tuple[Trial, ...] = ()
+        if peer_options is None:
+            say(f"{objective}, {allocator} allocator: looking for TRL's fastest configuration")
+            peer_options, trials = fastest_options(
+                objective, self.batch_size, lambda options: self.peer_seconds(objective, allocator, options)
+            )
+        ours, peer, seen = [], [], []
+        for _ in range(rounds):
+            ours.append(self.ours(objective, allocator))
+            peer.append(self.peer(objective, allocator, peer_options))
+            seen.append(agreement(ours[-1], peer[-1]))
+            if not seen[-1].within(TOLERANCES[self.precision]):
+                raise Disagreement(objective, seen[-1], TOLERANCES[self.precision], ours[-1], peer[-1])
+        return Result(
+            objective=objective,
+            allocator=allocator,
+            peer_options=peer_options,
+            trials=trials,
+            agreement=Agreement.worst(seen),
+            comparison=compare(ours, peer, warmup_steps=WARMUP_STEPS),
+            ours=tuple(ours),
+            peer=tuple(peer),
+        )
+
+
+class Disagreement(RuntimeError):
+    """The two sides did not compute the same, so that their times can't be compared."""
+
+    def __init__(self, objective: str, seen: Agreement, allowed: Tolerance, ours: Run, peer: Run) -> None:
+        lines = [
+            f"{objective}: trueup and TRL don't compute the same",
+            f"  largest relative difference of the loss {seen.loss:.1e} (allowed {allowed.loss:.0e}), "
+            f"of the gradient norm {seen.grad_norm:.1e} (allowed {allowed.grad_norm:.0e})",
+        ]
+        lines += [
+            f"  step {a.step}: loss {a.loss:.7g}, {b.loss:.7g}; gradient norm {a.grad_norm:.7g}, {b.grad_norm:.7g}"
+            for a, b in zip(ours.steps, peer.steps, strict=True)
+        ]
+        super().__init__("\n".join(lines))
+
+
+def markdown_table(results: Sequence[Result]) -> str:
+    """One row a result. Seconds and ratios: median over the rounds (least–most); memory: the peak of all rounds."""
+    lines = [
+        "| step | allocator | TRL s/step | trueup s/step | ratio | TRL peak MiB | trueup peak MiB | TRL options "
+        "| Δ loss | Δ gradient norm |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        seen = result.comparison
+        cells = (
+            result.objective,
+            result.allocator,
+            f"{seen.peer_seconds:.2f}",
+            f"{seen.ours_seconds:.2f}",
+            f"{seen.ratio:.1f}",
+            f"{seen.peer_peak_mib:,.0f}",
+            f"{seen.ours_peak_mib:,.0f}",
+            f"`{' '.join(result.peer_options)}`",
+            f"{result.agreement.loss:.0e}",
+            f"{result.agreement.grad_norm:.0e}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> dict[str, Any]:
+    """What the times depend on beside the software."""
+    cpu = platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    except OSError:
+        pass
+    return {"platform": platform.platform(), "cpu": cpu, "num_cpus": os.cpu_count(), "load": os.getloadavg()}
+
+
+def say(text: str) -> None:
+    """Progress, apart from the table."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--objectives", nargs="+", choices=protocol.OBJECTIVES, default=list(protocol.OBJECTIVES))
+    parser.add_argument("--allocators", nargs="+", choices=tuple(ALLOCATORS), default=list(ALLOCATORS))
+    parser.add_argument("--precision", choices=protocol.PRECISIONS, default="float32")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=3, help="how often the two sides take turns")
+    parser.add_argument("--num-steps", type=int, default=3, help="timed steps of a run, after one to warm up")
+    parser.add_argument("--batch-size", type=int, default=16, help="pairs (or rows) of a step")
+    parser.add_argument("--peer-options", help="options of peer_trl.py in one string, in place of the search")
+    parser.add_argument("--tokens-per-batch", type=int, help="of trueup, in place of its default")
+    parser.add_argument("--data", help="preference data in any format that trueup reads, in place of HH helpful-base")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer, in place of SmolLM2's")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench", help="writes OUTPUT.json, OUTPUT.md")
+    args = parser.parse_args(argv)
+    if min(args.rounds, args.num_steps, args.batch_size, args.threads) < 1:
+        parser.error("--rounds, --num-steps, --batch-size and --threads must be at least 1")
+    return args
+
+
+def prepare(args: argparse.Namespace, work: protocol.Work, num_steps: int) -> dict[str, Any]:
+    """Write the models and the pairs; returns what the pairs are like."""
+    command = [our_python(), HERE / "prepare.py", "--work", work.folder, "--num-steps", str(num_steps)]
+    command += ["--batch-size", str(args.batch_size)]
+    command += ["--data", args.data] if args.data else []
+    command += ["--tokenizer", args.tokenizer] if args.tokenizer else []
+    return call(command)[-1]
+
+
+def main() -> int:
+    args = parse_arguments()
+    num_steps = WARMUP_STEPS + args.num_steps
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory(prefix="trueup-bench-") as folder:
+        work = protocol.Work(folder=Path(folder))
+        record: dict[str, Any] = {"machine": machine(), "settings": {k: str(v) for k, v in vars(args).items()}}
+        try:
+            peer, data = peer_python(), prepare(args, work, num_steps)
+            bench = Bench(
+                work=work,
+                num_steps=num_steps,
+                batch_size=args.batch_size,
+                precision=args.precision,
+                threads=args.threads,
+                our_python=our_python(),
+                peer_python=peer,
+                our_options=("--tokens-per-batch", str(args.tokens_per_batch)) if args.tokens_per_batch else (),
+            )
+            given = tuple(args.peer_options.split()) if args.peer_options else None
+            for objective in args.objectives:
+                for allocator in args.allocators:
+                    results.append(bench.result(objective, allocator, args.rounds, given))
+                    say(markdown_table(results[-1:]))
+        except (SideFailed, Disagreement, subprocess.CalledProcessError) as error:
+            say(str(error))
+            return 1
+    record |= {"data": data, "results": [dataclasses.asdict(result) for result in results]}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    args.output.with_suffix(".md").write_text(markdown_table(results), encoding="utf-8")
+    print(markdown_table(results), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
