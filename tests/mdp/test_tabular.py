@@ -14,7 +14,7 @@ from trueup.mdp.random import random_mdp
 
 
 def three_states(gamma: float = 0.5) -> TabularMDP:
-    """State 0: action 0 leads to 1 and earns 1, action 1 ends. State 1: either way it ends and earns 2. 2 is terminal."""
+    """State 0: action 0 leads to 1 and earns 1, action 1 ends. State 1: both end and earn 2. State 2 is terminal."""
     transitions, rewards = np.zeros((3, 2, 3)), np.zeros((3, 2))
     transitions[0, 0, 1] = transitions[0, 1, 2] = transitions[1, :, 2] = 1
     rewards[0, 0], rewards[1] = 1, 2

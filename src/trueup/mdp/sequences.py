@@ -19,8 +19,8 @@ from trueup.errors import DataError
 class SequenceSpace:
     """All sequences over tokens 0…V−1 that end with ``end_token``, or at ``max_length`` tokens if it hasn't come yet.
 
-    ``end_token`` None: all have ``max_length``. ``tokens`` [Y, T], 0 after the end; ``mask`` [Y, T]; ``contexts`` [Y, T],
-    the index of the prefix that each token was chosen after; contexts are counted by length, the empty prefix is 0.
+    ``end_token`` None: all have ``max_length``. ``tokens`` [Y, T], 0 after the end; ``mask`` [Y, T]; ``contexts``
+    [Y, T], the index of the prefix that each token was chosen after: counted by length, the empty prefix is 0.
     Raises ``DataError`` for an empty vocabulary or length, or an end token outside the vocabulary.
     """
 
