@@ -1,21 +1,22 @@
 """What gets trained: a model that takes a ``TreeBatch`` and gives log-probs, or scores.
 
-A ``Scorer`` goes backbone → hidden states at the scored positions → head, so that [tokens, vocabulary] never exists. All of
-it happens inside one ``forward``: that is what gradient synchronisation, sharding and compilation wrap.
+A ``Scorer`` goes backbone → hidden states at the scored positions → head, so that [tokens, vocabulary] never exists.
+All of it happens inside one ``forward``: that is what gradient synchronisation, sharding and compilation wrap.
 
-The tree needs a model in which tokens meet in attention only, in attention that goes through transformers' seam, and that
-hands the ``layout`` keyword down. Where one of these does not hold nothing fails: the numbers are wrong. So ``prepare_scorer``
-compares every model once with its own plain forward pass, and scores it on padded rows if they differ.
+The tree needs a model whose tokens meet in attention only, in attention that goes through transformers' seam, and that
+hands the keyword ``layout`` down. Where one of these does not hold, nothing fails: the numbers are wrong. So
+``prepare_scorer`` compares every model once with its own plain forward pass, and takes padded rows if they differ.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,37 +24,36 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trueup.errors import ModelError
-from trueup.models.tree import TREE_ATTENTION, TreeBatch, no_mask, register_tree_attention, tree_batch
+from trueup.models.attention import TREE_ATTENTION, no_mask, register_tree_attention
+from trueup.models.tree import TreeBatch, tree_batch
 from trueup.objectives.logprobs import entropy, linear_logprobs, token_logprobs
 from trueup.records import Completion, CompletionGroup
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-"""How far a log-prob x may be from the plain forward pass, in units of 1 + |x|."""
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""How far a score x may be from that of the plain forward pass, in units of 1 + |x|, by the type of the computation."""
 
 SMALL = 500_000_000
-"""Half-precision models up to this many parameters are checked in a float32 copy, where rounding hides nothing."""
+"""Models of up to this many parameters are checked as a float32 copy with noise on its weights, others as they are."""
 
 CHECK_WINDOW = 4
 """Sliding windows are shrunk to this during the check, so that a dozen tokens are enough to see them."""
 
+AnyScorer = TypeVar("AnyScorer", "Scorer", "RewardScorer")
+
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Per scored token, float32 [S], in nats: log-prob of the target, and the entropy of the distribution if asked for."""
+    """Per completion token, float32 [S], in nats: log-prob of the token; entropy of its distribution, if asked for."""
 
     logprobs: Tensor
     entropy: Tensor | None = None
 
 
-def plain_model(model: nn.Module) -> Any:
-    """The transformers model inside a peft wrapper, adapters in place; any other model as it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
-
-
 class Scorer(nn.Module):
-    """Log-probs of completions under a causal language model.
+    """Log-probs of completions under a causal language model. Made by ``prepare_scorer``.
 
-    ``model``: the transformers model, or a peft model around one. ``path``: "tree" or "padded". Use ``prepare_scorer``.
+    ``model``: the transformers model, or a peft model around one. ``path``: "tree" or "padded". ``own_head``: on padded
+    rows, take the logits from the model's own forward pass, [tokens, vocabulary] and all.
     """
 
     def __init__(self, model: nn.Module, path: str = "tree", *, own_head: bool = False) -> None:
@@ -63,30 +63,26 @@ class Scorer(nn.Module):
         self.own_head = own_head
 
     def forward(self, batch: TreeBatch, *, temperature: float = 1.0, with_entropy: bool = False) -> Scores:
-        """Score every completion token of the batch: [S].
+        """Score every completion token of the batch: [S], in the order of ``batch.targets``.
 
-        ``temperature``: that of the sampling, > 0. Raises ``ValueError`` for any other.
+        ``temperature``: that of the sampling. Raises ``ValueError`` unless it is > 0.
         """
         if self.own_head:
             logits = _own_logits(self.model, batch)
-            return Scores(
-                token_logprobs(logits, batch.targets, temperature=temperature),
-                entropy(logits, temperature=temperature) if with_entropy else None,
-            )
+            return Scores(*_logits_scores(logits, batch.targets, temperature, with_entropy))
         model = plain_model(self.model)
         hidden = _hidden_states(model, batch, self.path, "scored")
-        transform = _head_transform(model) | {"temperature": temperature, "with_entropy": with_entropy}
+        scale, softcap = _head_transform(model)
         head = _in_use(model.get_output_embeddings())
-        if isinstance(head, nn.Linear):
-            return Scores(
-                *linear_logprobs(hidden.to(head.weight.dtype), head.weight, batch.targets, bias=head.bias, **transform)
-            )
-        return Scores(*_module_logprobs(head, hidden, batch.targets, **transform))
+        score = _linear_scores if isinstance(head, nn.Linear) else _module_scores
+        return Scores(*score(head, hidden, batch.targets, scale, softcap, temperature, with_entropy))
 
 
 class RewardScorer(nn.Module):
-    """One score per completion from a sequence-classification model with one label: its trunk, then its ``score`` head at each
-    completion's last token."""
+    """One score per completion from a sequence-classification model with one label. Made by ``prepare_reward_scorer``.
+
+    Its trunk, then its ``score`` head at each completion's last token; there is no language-model head.
+    """
 
     def __init__(self, model: nn.Module, path: str = "tree") -> None:
         super().__init__()
@@ -99,24 +95,29 @@ class RewardScorer(nn.Module):
         return model.score(_hidden_states(model, batch, self.path, "last")).squeeze(-1).float()
 
 
+def plain_model(model: nn.Module) -> Any:
+    """The transformers model inside a peft wrapper, adapters in place; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+
+
 def _hidden_states(model: Any, batch: TreeBatch, path: str, where: str) -> Tensor:
     """The backbone's last hidden states at ``batch.scored`` [S, D] or at ``batch.last`` [C, D].
 
-    ``index_select`` has a backward pass that adds row by row in order, so the gradient of a state that is read several times
-    (a prompt's last) is the same to the bit in every run; that of ``hidden[index]`` is not.
+    The backward pass of ``index_select`` adds row by row in order: the gradient of a state that is read several times
+    (a prompt's last) is the same to the bit in every run on a CPU. That of ``hidden[index]`` is not.
     """
     if path == "tree":
-        out = model.base_model(
+        states = model.base_model(
             input_ids=batch.tokens[None],
             position_ids=batch.positions[None],
             attention_mask=no_mask(batch.tokens.device),
             layout=batch.layout,
             use_cache=False,
-        )
-        return out.last_hidden_state[0].index_select(0, getattr(batch, where))
+        ).last_hidden_state
+        return states[0].index_select(0, getattr(batch, where))
     rows = batch.padded()
-    out = model.base_model(input_ids=rows.tokens, attention_mask=rows.attention_mask, use_cache=False)
-    return out.last_hidden_state.flatten(0, 1).index_select(0, getattr(rows, where))
+    states = model.base_model(input_ids=rows.tokens, attention_mask=rows.attention_mask, use_cache=False)
+    return states.last_hidden_state.flatten(0, 1).index_select(0, getattr(rows, where))
 
 
 def _own_logits(model: nn.Module, batch: TreeBatch) -> Tensor:
@@ -126,85 +127,103 @@ def _own_logits(model: nn.Module, batch: TreeBatch) -> Tensor:
     return logits.flatten(0, 1).index_select(0, rows.scored)
 
 
-def _head_transform(model: Any) -> dict[str, float | None]:
-    """What models do to the logits behind the head: Cohere's factor, Granite's divisor, Falcon-H1's factor, Gemma's soft-cap."""
-    scale = 1.0
-    if getattr(model, "logit_scale", None) is not None:
-        scale *= model.logit_scale
-    if getattr(model.config, "logits_scaling", None) is not None:
-        scale /= model.config.logits_scaling
-    if getattr(model.config, "lm_head_multiplier", None) is not None:
-        scale *= model.config.lm_head_multiplier
-    return {"scale": scale, "softcap": getattr(model.config, "final_logit_softcapping", None)}
+def _head_transform(model: Any) -> tuple[float, float | None]:
+    """What the model does to the logits behind its head: a factor, and a soft-cap.
+
+    Cohere multiplies by ``logit_scale``, Falcon-H1 by ``lm_head_multiplier``, Granite divides by ``logits_scaling``,
+    Gemma caps at ``final_logit_softcapping``. An architecture that uses one of these names otherwise fails the check.
+    """
+    given = {
+        name: getattr(model.config, name, None) for name in ("logit_scale", "lm_head_multiplier", "logits_scaling")
+    }
+    known = {name: value for name, value in given.items() if value is not None}
+    scale = known.get("logit_scale", 1.0) * known.get("lm_head_multiplier", 1.0) / known.get("logits_scaling", 1.0)
+    return scale, getattr(model.config, "final_logit_softcapping", None)
 
 
 def _in_use(head: nn.Module) -> nn.Module:
     """The copy of a head that peft trains in full (``modules_to_save``), or the head itself."""
-    copies = getattr(head, "modules_to_save", None)
+    copies: Any = getattr(head, "modules_to_save", None)
     if copies is None:
         return head
-    active = [name for name in head.active_adapters if name in copies]  # pyright: ignore
-    return copies[active[0]] if active and not head.disable_adapters else head.original_module  # pyright: ignore
+    wrapper: Any = head
+    active = [name for name in wrapper.active_adapters if name in copies]
+    return wrapper.original_module if wrapper.disable_adapters or not active else copies[active[0]]
 
 
-def _module_logprobs(
+def _linear_scores(
+    head: Any,
+    hidden: Tensor,
+    targets: Tensor,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    return linear_logprobs(
+        hidden.to(head.weight.dtype),
+        head.weight,
+        targets,
+        bias=head.bias,
+        scale=scale,
+        softcap=softcap,
+        temperature=temperature,
+        with_entropy=with_entropy,
+    )
+
+
+def _module_scores(
     head: nn.Module,
     hidden: Tensor,
     targets: Tensor,
-    *,
     scale: float,
     softcap: float | None,
     temperature: float,
     with_entropy: bool,
     chunk_size: int = 128,
 ) -> tuple[Tensor, Tensor | None]:
-    """``linear_logprobs`` for a head that is not a plain linear layer, such as one with LoRA: any module, chunk by chunk, the
-    logits of a chunk computed anew in the backward pass."""
+    """For a head that is not a plain linear layer, such as one with LoRA: any module, called as it is.
+
+    It works chunk by chunk, the logits of a chunk computed anew in the backward pass, so that they never all exist.
+    """
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        logprobs = token_logprobs(logits, targets, temperature=temperature)
-        return logprobs, entropy(logits, temperature=temperature) if with_entropy else None
+        return _logits_scores(logits, targets, temperature, with_entropy)
 
     chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
-    logprobs, entropies = zip(*(checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks), strict=True)
+    scored: list[Any] = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
+    logprobs, entropies = zip(*scored, strict=True)
     return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
+
+
+def _logits_scores(
+    logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    logprobs = token_logprobs(logits, targets, temperature=temperature)
+    return logprobs, entropy(logits, temperature=temperature) if with_entropy else None
 
 
 # --- the check at load
 
 
 def prepare_scorer(model: nn.Module) -> Scorer:
-    """A ``Scorer`` for a causal language model, on the tree where the model's own forward pass proves it right, else on padded
-    rows, with one warning.
+    """A ``Scorer`` for a causal language model: on the tree where the model's own forward pass proves it right, else on
+    padded rows, with one warning and the same results.
 
+    Sets the model's attention to the tree's, which is transformers' ``sdpa`` for every other use of the model.
     Raises ``ModelError`` if neither reproduces the model's plain forward pass.
     """
-
-    def truth(model: nn.Module, batch: TreeBatch) -> Tensor:
-        rows = batch.padded()
-        logprobs = []
-        for tokens, real in zip(rows.tokens, rows.attention_mask, strict=True):
-            sequence = tokens[: int(real.sum())]
-            logits = model(input_ids=sequence[None], use_cache=False).logits[0, :-1]
-            logprobs.append(token_logprobs(logits, sequence[1:]))
-        scored = [own[-n:] for own, n in zip(logprobs, batch.lengths.tolist(), strict=True)]
-        return torch.cat(scored)
-
-    candidates = [
-        Scorer(model, "tree"),
-        Scorer(model, "padded"),
-        Scorer(model, "padded", own_head=True),
-    ]
-    return _first_exact(candidates, truth, lambda scorer, batch: scorer(batch).logprobs)
+    candidates = [Scorer, partial(Scorer, path="padded"), partial(Scorer, path="padded", own_head=True)]
+    return _first_exact(model, candidates, _plain_logprobs, lambda scorer, batch: scorer(batch).logprobs)
 
 
 def prepare_reward_scorer(model: nn.Module) -> RewardScorer:
     """A ``RewardScorer`` for a sequence-classification model, checked as ``prepare_scorer`` does.
 
-    Raises ``ModelError`` unless the model has a ``score`` head with one label, or if neither path reproduces it.
+    Raises ``ModelError`` unless the model has a ``score`` head with one label, or if no path reproduces it.
     """
     inner = plain_model(model)
     if not hasattr(inner, "score") or inner.config.num_labels != 1:
@@ -212,78 +231,108 @@ def prepare_reward_scorer(model: nn.Module) -> RewardScorer:
             f"{type(inner).__name__} has no 'score' head with one label",
             way_out="load it as AutoModelForSequenceClassification with num_labels=1",
         )
+    candidates = [RewardScorer, partial(RewardScorer, path="padded")]
+    return _first_exact(model, candidates, _plain_scores, lambda scorer, batch: scorer(batch))
 
-    def truth(model: nn.Module, batch: TreeBatch) -> Tensor:
-        rows = batch.padded()
-        sequences = (tokens[: int(real.sum())] for tokens, real in zip(rows.tokens, rows.attention_mask, strict=True))
-        return torch.cat([model(input_ids=sequence[None], use_cache=False).logits[0] for sequence in sequences]).float()
 
-    return _first_exact(
-        [RewardScorer(model, "tree"), RewardScorer(model, "padded")], truth, lambda scorer, batch: scorer(batch)
-    )
+def _plain_sequences(batch: TreeBatch) -> Iterator[Tensor]:
+    """Each completion behind its prompt, alone: int64 [1, L]."""
+    rows = batch.padded()
+    for tokens, real in zip(rows.tokens, rows.attention_mask, strict=True):
+        yield tokens[None, : int(real.sum())]
+
+
+def _plain_logprobs(model: nn.Module, batch: TreeBatch) -> Tensor:
+    """The truth for a ``Scorer``: [S]."""
+    logprobs = []
+    for sequence, length in zip(_plain_sequences(batch), batch.lengths.tolist(), strict=True):
+        logits = model(input_ids=sequence, use_cache=False).logits[0, -length - 1 : -1]
+        logprobs.append(token_logprobs(logits, sequence[0, -length:]))
+    return torch.cat(logprobs)
+
+
+def _plain_scores(model: nn.Module, batch: TreeBatch) -> Tensor:
+    """The truth for a ``RewardScorer``: [C]."""
+    return torch.cat([model(input_ids=sequence, use_cache=False).logits[0] for sequence in _plain_sequences(batch)])
 
 
 def _first_exact(
-    candidates: list[Any], truth: Callable[[nn.Module, TreeBatch], Tensor], score: Callable[[Any, TreeBatch], Tensor]
-) -> Any:
-    """The first candidate that gives the truth, its attention set on the model. Candidates share the model and differ in path."""
-    given = plain_model(candidates[0].model)
-    if getattr(given, "active_peft_config", None) is not None and given.active_peft_config.is_prompt_learning:
-        raise ModelError("prompt-learning adapters are not supported", way_out="use LoRA")
-    dtype = given.dtype
-    if dtype != torch.float32 and sum(p.numel() for p in given.parameters()) <= SMALL:
-        trial, dtype = copy.deepcopy(candidates[0].model).float(), torch.float32
-    else:
-        trial = candidates[0].model
-    inner = plain_model(trial)
-    own_attention = inner.config._attn_implementation
+    model: nn.Module,
+    candidates: Sequence[Callable[[nn.Module], AnyScorer]],
+    truth: Callable[[nn.Module, TreeBatch], Tensor],
+    score: Callable[[AnyScorer, TreeBatch], Tensor],
+) -> AnyScorer:
+    """The first candidate, tree before padded, that gives the truth; its attention is set on the model."""
+    given = plain_model(model)
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ModelError("a prompt-learning adapter has tokens that the batch does not know", way_out="use LoRA")
     register_tree_attention()
-
-    batch = check_batch(inner, next(trial.parameters()).device)
-    failures = []
-    with torch.no_grad(), _evaluating(trial), _shrunken_windows(inner):
-        with _attention(inner, "eager"):
-            expected = truth(trial, batch).to(torch.float32)
+    own_attention = given.config._attn_implementation
+    trial = _trial(model)
+    tolerance = TOLERANCE.get(plain_model(trial).dtype, TOLERANCE[torch.float32])
+    batch = check_batch(given)
+    differences = []
+    with torch.no_grad(), _evaluating(trial), _shrunken_windows(plain_model(trial)):
+        with _attention(plain_model(trial), "eager"):
+            expected = truth(trial, batch).float()
         for candidate in candidates:
-            attention = TREE_ATTENTION if candidate.path == "tree" else own_attention
-            tried = copy.copy(candidate)
-            tried._modules = {**candidate._modules, "model": trial}
-            with _attention(inner, attention):
-                failure = _difference(lambda tried=tried: score(tried, batch), expected, TOLERANCE[dtype])
-            if failure is None:
+            scorer = candidate(trial)
+            attention = TREE_ATTENTION if scorer.path == "tree" else own_attention
+            with _attention(plain_model(trial), attention):
+                difference = _difference(partial(score, scorer, batch), expected, tolerance)
+            if difference is None:
                 break
-            failures.append(failure)
+            differences.append(difference)
         else:
             raise ModelError(
-                f"neither the tree batch nor padded rows reproduce the plain forward pass of {type(inner).__name__} ({failures[-1]})",
-                way_out="this architecture can't be trained here",
+                f"no way to score {type(given).__name__} reproduces its plain forward pass ({differences[-1]})",
+                way_out="train a model of another architecture",
             )
-    if candidate.path == "padded":
+    if differences:
         warnings.warn(
-            f"{type(given).__name__} is scored on padded rows: the same results as the tree batch, but the prompt is computed once"
-            f" per completion ({failures[0]})",
+            f"{type(given).__name__} can't use the tree batch ({differences[0]}): it is scored on padded rows, with "
+            "the same results, but every prompt is computed once per completion",
             stacklevel=3,
         )
     given.config._attn_implementation = attention
-    return candidate
+    return candidate(model)
+
+
+def _trial(model: nn.Module) -> nn.Module:
+    """What is checked: a float32 copy of a small model with noise on its weights; a large or quantized model itself.
+
+    Fresh weights are small, some are 0, and what they multiply would be missing from the comparison: the scores of an
+    untrained model can be off by less than rounding. Whether they are off at all does not depend on the weights.
+    """
+    if sum(p.numel() for p in model.parameters()) > SMALL or getattr(plain_model(model), "is_quantized", False):
+        return model
+    trial = copy.deepcopy(model).float()
+    with torch.no_grad():
+        for parameter in trial.parameters():
+            noise = torch.randn(
+                parameter.shape, device=parameter.device, generator=torch.Generator(parameter.device).manual_seed(0)
+            )
+            parameter.add_(noise, alpha=max(parameter.shape) ** -0.5 if parameter.ndim > 1 else 0.1)
+    return trial
 
 
 def _difference(score: Callable[[], Tensor], expected: Tensor, tolerance: float) -> str | None:
-    """Why the scores are not the expected ones, or None if they are. A model that chokes on the batch counts as different."""
+    """In which way the scores are not the expected ones; None if they are. A model that chokes on the batch differs."""
     try:
-        found = score().to(torch.float32)
+        found = score().float()
     except Exception as error:
-        return f"the tree batch raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    error = float(((found - expected).abs() / (1 + expected.abs())).max())
-    return None if error <= tolerance else f"scores differ by {error:.1e} of 1 + |score|, tolerance {tolerance:.0e}"
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    worst = float(((found - expected).abs() / (1 + expected.abs())).max())
+    return (
+        None if worst <= tolerance else f"its scores are off by {worst:.1e}, more than {tolerance:.0e} of 1 + |score|"
+    )
 
 
-def check_batch(model: Any, device: torch.device) -> TreeBatch:
+def check_batch(model: Any) -> TreeBatch:
     """Two groups of mixed lengths, all longer than ``CHECK_WINDOW``, of random tokens other than the pad token."""
     rng = np.random.default_rng(0)
-    vocab = model.get_input_embeddings().num_embeddings
-    pad = model.config.get_text_config().pad_token_id
-    usable = np.setdiff1d(np.arange(min(vocab, 1000)), [-1 if pad is None else pad])
+    num_tokens = min(model.get_input_embeddings().num_embeddings, 1000)
+    usable = np.setdiff1d(np.arange(num_tokens), [model.config.get_text_config().pad_token_id or 0])
 
     def draw(length: int) -> np.ndarray:
         return rng.choice(usable, length)
@@ -292,7 +341,7 @@ def check_batch(model: Any, device: torch.device) -> TreeBatch:
         CompletionGroup(prompt=draw(prompt), completions=tuple(Completion(tokens=draw(n)) for n in lengths))
         for prompt, lengths in ((6, (5, 3)), (3, (7, 2)))
     ]
-    return tree_batch(groups, device)
+    return tree_batch(groups, model.device)
 
 
 @contextmanager
@@ -319,14 +368,17 @@ def _attention(model: Any, implementation: str) -> Iterator[None]:
 
 @contextmanager
 def _shrunken_windows(model: Any) -> Iterator[None]:
-    """Sliding windows and attention chunks cut to ``CHECK_WINDOW`` wherever config and layers keep them: a window of 4,096 would
-    take thousands of tokens to show."""
-    places = [place for place in (model.config, model.config.get_text_config(), *model.modules())]
+    """Sliding windows and attention chunks cut to ``CHECK_WINDOW``, wherever the config and the layers keep them.
+
+    A window of 4,096 would take thousands of tokens to show.
+    """
     found = [
         (place, name, getattr(place, name))
-        for place in places
+        for place in {
+            id(place): place for place in (model.config, model.config.get_text_config(), *model.modules())
+        }.values()
         for name in ("sliding_window", "attention_chunk_size")
-        if isinstance(place.__dict__.get(name), int)
+        if isinstance(vars(place).get(name), int)
     ]
     for place, name, _ in found:
         setattr(place, name, CHECK_WINDOW)
