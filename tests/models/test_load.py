@@ -10,12 +10,14 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
@@ -190,8 +192,61 @@ def test_a_tokenizer_of_another_model(copied):
 
 def test_hub_out_of_reach(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"(.|\n)*out of reach: give a local folder"):
+    with pytest.raises(ModelError, match=r"(.|\n)*out of reach: give a folder"):
         load_model("no-such-owner/no-such-model")
+    with pytest.raises(ModelError, match="OWNER/MODEL"):
+        load_model("not a name")
+
+
+def test_hub_name_comes_from_the_hubs_cache(saved, tmp_path, monkeypatch):
+    repository = tmp_path / "models--owner--tiny"
+    shutil.copytree(saved, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    loaded = load_model("owner/tiny", device="cpu")
+    assert loaded.name == loaded.model.name_or_path == "owner/tiny"
+    assert loaded.model.num_parameters() == load_model(saved, device="cpu").model.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (hub_errors.GatedRepoError, "accept the model's terms"),
+        (hub_errors.RepositoryNotFoundError, "check the name"),
+    ],
+)
+def test_what_the_hub_refuses(monkeypatch, error, said):
+    def refuse(name: str, **_options: object) -> str:
+        raise error("403 Forbidden", response=SimpleNamespace(headers={}, request=None, status_code=403))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ModelError, match=rf"(.|\n)*{said}"):
+        load_model("owner/model")
+
+
+def test_of_the_hub_neither_code_nor_pickles_are_fetched(monkeypatch, saved):
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "pytorch_model.bin"]
+    files += ["modeling_own.py", "onnx/model.safetensors", "consolidated.safetensors", "training_args.bin"]
+    fetched = []
+
+    def snapshot(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        chosen = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        fetched.append(list(chosen))
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    load_model("owner/model", device="cpu")
+    load_tokenizer("owner/model")
+    assert fetched == [files[:4], ["config.json", "tokenizer.json", "chat_template.jinja"]]
+
+
+def test_a_tokenizer_alone(saved, tmp_path):
+    AutoTokenizer.from_pretrained(saved).save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path)("a b").input_ids == load_tokenizer(saved)("a b").input_ids
 
 
 def test_the_end_tokens_embedding_learns_where_it_is_the_padding_token_too(copied):

