@@ -101,8 +101,10 @@ class _Encoder:
         self._tokenizer = tokenizer
         self.control = tuple(sorted(control, key=lambda text: (-len(text), text)))
         self._literals = (*(self.control if mark_control else ()), _OPEN, _CLOSE)
+        self._index = {text: index for index, text in enumerate(self._literals)}
         self._find = re.compile("|".join(map(re.escape, self._literals)))
-        self._control_ids = set(tokenizer.convert_tokens_to_ids(list(self.control)))  # type: ignore[arg-type]
+        # What the vocabulary can't write becomes the unknown token, whoever writes it: it controls nothing.
+        self._control_ids = set(tokenizer.convert_tokens_to_ids(list(self.control))) - {tokenizer.unk_token_id}  # type: ignore[arg-type]
         self._plain: dict[int, list[int]] = {}
         # A tokenizer of the SentencePiece kind puts a space before whatever it is given. In the middle of a text that
         # would be one too many: encode behind a line break, then take the break away.
@@ -115,7 +117,7 @@ class _Encoder:
     def mark(self, value: Any) -> Any:
         """``value`` (a string, or lists and dicts of them) with every control-token text marked."""
         if isinstance(value, str):
-            return self._find.sub(lambda found: f"{_OPEN}{self._literals.index(found[0])}{_CLOSE}", value)
+            return self._find.sub(lambda found: f"{_OPEN}{self._index[found[0]]}{_CLOSE}", value)
         if isinstance(value, Mapping):
             return {key: self.mark(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -171,8 +173,11 @@ def _start_and_end(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int |
     """(the tokens that the tokenizer puts before plain text, the token that ends it)."""
     bare = list(tokenizer("x", add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
     full = list(tokenizer("x")["input_ids"])  # type: ignore[arg-type]
+    end = tokenizer.eos_token_id
+    if not bare:  # a vocabulary that has no "x" and drops it: what is left are the start and perhaps the end token
+        return [token for token in full if token != end], end  # type: ignore[return-value]
     start = next((at for at in range(len(full)) if full[at : at + len(bare)] == bare), 0)
-    return full[:start], tokenizer.eos_token_id  # type: ignore[return-value]
+    return full[:start], end  # type: ignore[return-value]
 
 
 # ---------------------------------------------------------------------------------------------------- plain text

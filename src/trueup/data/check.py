@@ -159,16 +159,16 @@ def visible(text: str) -> str:
 
     Line breaks and tabs stay. The brackets that mark trained text are written out too, so that data can't forge them.
     """
-    return "".join(
-        character
-        if character in "\n\t" or (unicodedata.category(character)[0] not in "CZ" and character not in OPEN + CLOSE)
-        else character
-        if character == " "
-        else character.encode("ascii", "backslashreplace").decode()
-        if ord(character) > 127
-        else f"\\x{ord(character):02x}"
-        for character in text
-    )
+    return "".join(_written_out(each) if _is_obeyed(each) or each in OPEN + CLOSE else each for each in text)
+
+
+def _is_obeyed(character: str) -> bool:
+    """Control, format (also the bidirectional ones), surrogate, private and unassigned characters; odd separators."""
+    return character not in "\n\t " and unicodedata.category(character)[0] in "CZ"
+
+
+def _written_out(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def _shortened(text: str) -> str:

@@ -152,7 +152,21 @@ def _message(record: Any, column: str) -> Message:
         content = _joined_parts(content, f"{column}.content")
     if content is None and not message.get("tool_calls"):
         raise DataError(f"{column} has no content")
+    _check_strings(message, column)
     return {"role": ROLE_NAMES.get(role, role), "content": _string(content or "", f"{column}.content"), **message}
+
+
+def _check_strings(value: Any, column: str) -> None:
+    """Raise ``DataError`` if a string anywhere in what else a message holds can't be encoded."""
+    if isinstance(value, str):
+        _string(value, column)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_strings(key, column)
+            _check_strings(item, column)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_strings(item, column)
 
 
 def _joined_parts(parts: Sequence[Any], column: str) -> str:
@@ -547,9 +561,9 @@ class ReadReport:
         if self.malformed:
             parts.append(f"{len(self.malformed):,} malformed (first: {self.malformed[0].where})")
         if self.num_completions_cut:
-            parts.append(f"{self.num_completions_cut:,} completions cut at the length limit")
+            parts.append(f"completions cut at the length limit: {self.num_completions_cut:,}")
         if self.num_prompts_cut:
-            parts.append(f"{self.num_prompts_cut:,} prompts cut")
+            parts.append(f"prompts cut: {self.num_prompts_cut:,}")
         return "; ".join(parts)
 
 
@@ -581,12 +595,12 @@ def read_examples(
     if data_format == "auto":
         first = list(itertools.islice(rows, ROWS_TO_DETECT))
         rows = itertools.chain(first, rows)
-        if strict:
-            for row in first:
-                if isinstance(row, DataError):
-                    raise row
+        readable = [row for row in first if isinstance(row, Row)]
+        broken = [row for row in first if isinstance(row, DataError)]
+        if broken and (strict or not readable):
+            raise broken[0]
         try:
-            data_format = detect_format([row for row in first if isinstance(row, Row)], task)
+            data_format = detect_format(readable, task)
         except DataError as error:
             where = error.where or source_name(source)
             raise DataError(error.what, where=where, way_out=error.way_out) from None

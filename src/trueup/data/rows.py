@@ -123,10 +123,11 @@ def _opened(path: Path, packing: str) -> Iterator[IO[bytes]]:
             with gzip.open(path, "rb") as stream:
                 yield stream  # type: ignore[misc]
         elif packing == ".zst":
-            zstandard = require_extra("zstandard", "data")
-            damaged = (*damaged, zstandard.ZstdError)
-            with path.open("rb") as packed, io.BufferedReader(_ZstdStream(packed, zstandard)) as stream:
-                yield stream
+            # Arrow's reader, unlike that of `zstandard`, takes a file that stops half-way as an error.
+            pyarrow = require_extra("pyarrow", "data")
+            damaged = (OSError,)
+            with pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd") as packed:
+                yield io.BufferedReader(packed)
         else:
             with path.open("rb") as stream:
                 yield stream
@@ -138,35 +139,6 @@ def _opened(path: Path, packing: str) -> Iterator[IO[bytes]]:
         ) from error
     except OSError as error:
         raise DataError(f"the file can't be read ({error.strerror or error})", where=str(path)) from error
-
-
-class _ZstdStream(io.RawIOBase):
-    """Unpacks zstd frames. Unlike ``zstandard``'s own reader it takes a frame that stops half-way as an error."""
-
-    def __init__(self, packed: IO[bytes], zstandard: Any) -> None:
-        self._packed, self._zstandard = packed, zstandard
-        self._frame: Any = None
-        self._unread, self._ready = b"", b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            self._unread = self._unread or self._packed.read(1 << 16)
-            if not self._unread:
-                if self._frame is not None:
-                    raise EOFError("the last frame has no end")
-                return 0
-            if self._frame is None:
-                self._frame = self._zstandard.ZstdDecompressor().decompressobj()
-            self._ready = self._frame.decompress(self._unread)
-            self._unread = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame = None
-        size = min(len(buffer), len(self._ready))
-        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
-        return size
 
 
 def _jsonl_rows(stream: IO[bytes], name: str) -> Iterator[Row | DataError]:
@@ -319,7 +291,9 @@ def _parquet_rows(stream: IO[bytes], name: str) -> Iterator[Row]:
             stream = unpacked
         number = 0
         try:
-            for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=256):
+            # As they stand, its defaults would read the whole file ahead.
+            file = pyarrow.parquet.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 16)
+            for batch in file.iter_batches(batch_size=256):
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(f"{name}: row {number}", fields)

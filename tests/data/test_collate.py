@@ -1,0 +1,163 @@
+"""Batches are pure functions: every group once an epoch, the same everywhere, resumable at any step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trueup.data.collate import (
+    batches,
+    epoch_order,
+    first_human_turn,
+    is_held_out,
+    micro_batches,
+    num_steps,
+    split_holdout,
+)
+from trueup.data.formats import ReadReport, read_examples
+from trueup.errors import SettingsError
+from trueup.records import Completion, CompletionGroup, RankedCompletions
+
+
+def test_an_order_that_other_machines_and_versions_must_repeat() -> None:
+    assert epoch_order(10, seed=0, epoch=0).tolist() == [3, 2, 1, 8, 6, 0, 7, 4, 5, 9]
+    assert epoch_order(10, seed=7, epoch=3).tolist() == [2, 4, 7, 3, 5, 1, 8, 9, 0, 6]
+
+
+@given(st.integers(0, 60), st.integers(0, 2**63), st.integers(0, 50))
+def test_an_order_is_a_permutation(num_groups: int, seed: int, epoch: int) -> None:
+    assert sorted(epoch_order(num_groups, seed, epoch).tolist()) == list(range(num_groups))
+
+
+def test_orders_differ_between_epochs_and_seeds() -> None:
+    orders = {tuple(epoch_order(20, seed, epoch).tolist()) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+
+
+def test_every_place_is_as_likely_for_every_group() -> None:
+    """Chi-square over 4,000 orders of 6 groups: 25 degrees of freedom, far tail."""
+    counts = np.zeros((6, 6))
+    for epoch in range(4000):
+        counts[np.arange(6), epoch_order(6, 1, epoch)] += 1
+    expected = 4000 / 6
+    assert ((counts - expected) ** 2 / expected).sum() < 60
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 4), st.integers(0, 2**40))
+def test_each_epoch_has_every_group_once(num_groups: int, batch_size: int, num_epochs: int, seed: int) -> None:
+    steps = list(batches(num_groups, batch_size, seed=seed, num_epochs=num_epochs))
+    assert [step for step, _, _ in steps] == list(range(num_steps(num_groups, batch_size, num_epochs)))
+    for epoch in range(num_epochs):
+        parts = [indices.tolist() for _, found, indices in steps if found == epoch]
+        assert sorted(sum(parts, [])) == list(range(num_groups))
+        assert [len(part) for part in parts[:-1]] == [batch_size] * (len(parts) - 1)
+
+
+@given(st.integers(1, 30), st.integers(1, 7), st.integers(1, 3), st.integers(0, 40))
+def test_a_resumed_run_sees_what_is_left(num_groups: int, batch_size: int, num_epochs: int, start: int) -> None:
+    def steps(start_step: int) -> list[tuple[int, int, list[int]]]:
+        found = batches(num_groups, batch_size, seed=3, num_epochs=num_epochs, start_step=start_step)
+        return [(step, epoch, indices.tolist()) for step, epoch, indices in found]
+
+    assert steps(start) == steps(0)[start:]
+
+
+def test_batches_of_nothing_are_no_batches() -> None:
+    assert list(batches(0, 4, seed=0, num_epochs=3)) == []
+    with pytest.raises(SettingsError, match="batch_size"):
+        list(batches(3, 0, seed=0, num_epochs=1))
+
+
+def group(*lengths: int) -> CompletionGroup:
+    """A group whose prompt has the first length, and a completion for every other one."""
+    prompt, *completions = (np.zeros(length, dtype=np.int64) for length in lengths)
+    return CompletionGroup(prompt=prompt, completions=tuple(Completion(tokens=tokens) for tokens in completions))
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30), st.integers(0, 30)), max_size=20), st.integers(1, 80))
+def test_micro_batches_hold_every_group_once_within_the_limit(lengths: list[tuple[int, ...]], limit: int) -> None:
+    groups = [group(*each) for each in lengths]
+    cut = micro_batches(groups, limit)
+    assert sorted(sum(cut, [])) == list(range(len(groups)))
+    for part in cut:
+        assert part
+        assert len(part) == 1 or sum(groups[index].num_tokens for index in part) <= limit
+
+
+def test_micro_batches_put_like_lengths_together_the_longest_first() -> None:
+    groups = [group(1, 2, 2), group(9, 4, 4), group(5, 5), group(3), group(1, 4)]
+    assert micro_batches(groups, 16) == [[1], [2, 0], [4, 3]]
+    assert micro_batches([], 16) == []
+    with pytest.raises(SettingsError, match="tokens_per_batch"):
+        micro_batches(groups, 0)
+
+
+# ------------------------------------------------------------------------------------------------------- held-out part
+
+
+def example(prompt: str, completion: str = "c") -> RankedCompletions:
+    return RankedCompletions(prompt=({"role": "user", "content": prompt},), completions=(completion,))
+
+
+def test_the_first_human_turn() -> None:
+    turns = ({"role": "system", "content": "s"}, {"role": "user", "content": " a "}, {"role": "user", "content": "b"})
+    assert first_human_turn(turns) == "a"
+    assert first_human_turn("text\n") == "text"
+    assert first_human_turn(turns[:1]) == "s"
+    assert first_human_turn(()) == ""
+
+
+def test_what_is_held_out_depends_on_nothing_but_the_text() -> None:
+    """Frozen, so that a later version draws the same line through the same data."""
+    held_out = [number for number in range(8) if is_held_out(f"question {number}", 0.5)]
+    assert held_out == [0, 1, 5, 7]
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f"]), max_size=30), st.floats(0, 0.99))
+def test_same_question_same_side_and_a_larger_part_holds_the_smaller(questions: list[str], fraction: float) -> None:
+    examples = [example(question, str(number)) for number, question in enumerate(questions)]
+    train, held_out = split_holdout(examples, fraction)
+    assert len(train) + len(held_out) == len(examples)
+    assert not {e.prompt[0]["content"] for e in train} & {e.prompt[0]["content"] for e in held_out}  # type: ignore[index]
+    _, more = split_holdout(examples, min(0.99, fraction + 0.2))
+    assert all(each in more for each in held_out)
+
+
+def test_the_share_is_about_the_fraction() -> None:
+    _, held_out = split_holdout([example(f"question {number}") for number in range(4000)], 0.25)
+    assert abs(len(held_out) - 1000) < 4 * (4000 * 0.25 * 0.75) ** 0.5
+    _, nothing = split_holdout([example("a")], 0.0)
+    assert nothing == []
+
+
+def test_texts_without_prompt_are_not_all_on_one_side() -> None:
+    texts = [RankedCompletions(prompt="", completions=(f"text {number}",)) for number in range(100)]
+    train, held_out = split_holdout(texts, 0.5)
+    assert train
+    assert held_out
+
+
+def test_a_key_of_one_s_own() -> None:
+    examples = [RankedCompletions(prompt=f"{topic} {n}", completions=("c",)) for topic in "abcdef" for n in range(5)]
+    train, held_out = split_holdout(examples, 0.5, key=lambda each: str(each.prompt)[0])
+    assert {str(e.prompt)[0] for e in train}.isdisjoint(str(e.prompt)[0] for e in held_out)
+    for fraction in (1.0, -0.1):
+        with pytest.raises(SettingsError, match="held-out fraction"):
+            split_holdout(examples, fraction)
+
+
+def test_real_questions_stay_on_one_side(shared_data: Path, hh_rows: Callable[[str], list[dict[str, str]]]) -> None:
+    """A fifth of both HH files: more than 700 pairs held out, and no opening question on both sides."""
+    examples = [
+        each
+        for name in ("helpful-base", "helpful-online")
+        for each in read_examples(hh_rows(name), task="preference", report=ReadReport())
+    ]
+    train, held_out = split_holdout(examples, 0.22)
+    assert len(held_out) > 700
+    assert not {first_human_turn(e.prompt) for e in train} & {first_human_turn(e.prompt) for e in held_out}
