@@ -61,13 +61,13 @@ def test_masters_follow_the_float32_run_where_bfloat16_alone_stalls():
 
     _, with_masters, _, rounded = train(torch.bfloat16, masters=True)
     error = (with_masters - exact).norm() / moved.norm()
-    assert error < 0.1, f"masters are {error:.3f} of the float32 run's path away from it"
+    assert error < 0.01, f"masters are {error:.3f} of the float32 run's path away from it"
     assert torch.equal(rounded, with_masters.bfloat16().float()), "the model is not its masters, rounded"
 
     _, alone, _, _ = train(torch.bfloat16, masters=False)
     stuck = (alone == start) & (moved.abs() > 0)
-    assert stuck.float().mean() > 0.5, "most weights should be unable to take so small a step in bfloat16"
-    assert (alone - exact).norm() / moved.norm() > 3 * error
+    assert stuck.float().mean() > 0.9, "most weights should be unable to take so small a step in bfloat16"
+    assert (alone - exact).norm() / moved.norm() > 0.5
 
 
 def test_accumulation_is_in_float32_and_frees_the_low_precision_gradient():
