@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_each_epoch_has_every_group_once(num_groups: int, batch_size: int, num_e
     assert [step for step, _, _ in steps] == list(range(num_steps(num_groups, batch_size, num_epochs)))
     for epoch in range(num_epochs):
         parts = [indices.tolist() for _, found, indices in steps if found == epoch]
-        assert sorted(sum(parts, [])) == list(range(num_groups))
+        assert sorted(chain.from_iterable(parts)) == list(range(num_groups))
         assert [len(part) for part in parts[:-1]] == [batch_size] * (len(parts) - 1)
 
 
@@ -83,7 +84,7 @@ def group(*lengths: int) -> CompletionGroup:
 def test_micro_batches_hold_every_group_once_within_the_limit(lengths: list[tuple[int, ...]], limit: int) -> None:
     groups = [group(*each) for each in lengths]
     cut = micro_batches(groups, limit)
-    assert sorted(sum(cut, [])) == list(range(len(groups)))
+    assert sorted(chain.from_iterable(cut)) == list(range(len(groups)))
     for part in cut:
         assert part
         assert len(part) == 1 or sum(groups[index].num_tokens for index in part) <= limit

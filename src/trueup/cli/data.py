@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -87,10 +86,8 @@ def check(settings: CheckSettings) -> None:
 
 
 def _tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model, or one that lies alone in a folder."""
     if name is None:
         return None
-    from trueup.models.load import load_tokenizer, read_tokenizer
+    from trueup.models.load import load_tokenizer
 
-    folder = Path(name).expanduser()
-    return read_tokenizer(str(folder), name) if (folder / "tokenizer_config.json").is_file() else load_tokenizer(name)
+    return load_tokenizer(name)
