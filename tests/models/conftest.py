@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from trueup.models.tree import TreeBatch
 from trueup.records import Completion, CompletionGroup
 
 VOCAB = 97
@@ -80,6 +81,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": WINDOW, "use_bias": True},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 24},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1},
+    "phi": {"partial_rotary_factor": 0.5},
     "gpt_oss": {
         "head_dim": 8,
         "num_local_experts": 4,
@@ -110,7 +112,7 @@ EXTRA: dict[str, dict[str, Any]] = {
 
 
 def enlarge(model: torch.nn.Module, seed: int = 0) -> None:
-    """Draw every parameter anew: matrices wide, vectors (norms, biases, sinks) around what they are. Nothing stays 0 or 1."""
+    """Draw matrices anew and wide, shift vectors (norms, biases, sinks) by much: nothing stays close to 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -120,9 +122,14 @@ def enlarge(model: torch.nn.Module, seed: int = 0) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., PreTrainedModel]:
-    """``tiny_model("qwen2")``: a random two-layer causal LM; ``num_labels=1`` gives its reward model; more goes to the config."""
+    """``tiny_model("qwen2")``: a random causal LM of two layers; with ``num_labels=1`` the reward model of that kind.
 
-    def make(family: str, *, num_labels: int | None = None, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    ``fresh`` leaves the weights as they are initialised; further keywords go to the config.
+    """
+
+    def make(
+        family: str, *, num_labels: int | None = None, seed: int = 0, fresh: bool = False, **changes: Any
+    ) -> PreTrainedModel:
         torch.manual_seed(seed)
         config = AutoConfig.for_model(family, **(SIZES | EXTRA[family] | changes))
         if num_labels is None:
@@ -130,7 +137,8 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
         else:
             config.num_labels = num_labels
             model = AutoModelForSequenceClassification.from_config(config)
-        enlarge(model, seed)
+        if not fresh:
+            enlarge(model, seed)
         return model.eval()
 
     return make
@@ -152,3 +160,21 @@ def make_groups() -> Callable[..., list[CompletionGroup]]:
         ]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def plain_logprobs() -> Callable[[Any, TreeBatch], torch.Tensor]:
+    """The truth, [S]: each completion alone behind its prompt through the model's own forward pass, eager attention."""
+
+    def score(model: Any, batch: TreeBatch) -> torch.Tensor:
+        config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
+        implementation, config._attn_implementation = config._attn_implementation, "eager"
+        rows, logprobs = batch.padded(), []
+        for tokens, real, length in zip(rows.tokens, rows.attention_mask.sum(-1), batch.lengths, strict=True):
+            logits = model(input_ids=tokens[None, :real], use_cache=False).logits[0].float()
+            every = logits[:-1].log_softmax(-1).gather(-1, tokens[1:real, None])[:, 0]
+            logprobs.append(every[-length:])
+        config._attn_implementation = implementation
+        return torch.cat(logprobs)
+
+    return score

@@ -35,8 +35,13 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 SMALL = 500_000_000
 """Models of up to this many parameters are checked as a float32 copy with noise on its weights, others as they are."""
 
-CHECK_WINDOW = 4
-"""Sliding windows are shrunk to this during the check, so that a dozen tokens are enough to see them."""
+CHECK_LIMITS = {
+    "sliding_window": 4,
+    "attention_chunk_size": 4,
+    "attn_logit_softcapping": 1.0,
+    "final_logit_softcapping": 1.0,
+}
+"""What windows and caps are lowered to during the check, so that a dozen tokens and small scores reach them."""
 
 AnyScorer = TypeVar("AnyScorer", "Scorer", "RewardScorer")
 
@@ -272,7 +277,7 @@ def _first_exact(
     tolerance = TOLERANCE.get(plain_model(trial).dtype, TOLERANCE[torch.float32])
     batch = check_batch(given)
     differences = []
-    with torch.no_grad(), _evaluating(trial), _shrunken_windows(plain_model(trial)):
+    with torch.no_grad(), _evaluating(trial), _lowered_limits(plain_model(trial)):
         with _attention(plain_model(trial), "eager"):
             expected = truth(trial, batch).float()
         for candidate in candidates:
@@ -329,7 +334,7 @@ def _difference(score: Callable[[], Tensor], expected: Tensor, tolerance: float)
 
 
 def check_batch(model: Any) -> TreeBatch:
-    """Two groups of mixed lengths, all longer than ``CHECK_WINDOW``, of random tokens other than the pad token."""
+    """Two groups of mixed lengths, all longer than the lowered window, of random tokens other than the pad token."""
     rng = np.random.default_rng(0)
     num_tokens = min(model.get_input_embeddings().num_embeddings, 1000)
     usable = np.setdiff1d(np.arange(num_tokens), [model.config.get_text_config().pad_token_id or 0])
@@ -367,21 +372,17 @@ def _attention(model: Any, implementation: str) -> Iterator[None]:
 
 
 @contextmanager
-def _shrunken_windows(model: Any) -> Iterator[None]:
-    """Sliding windows and attention chunks cut to ``CHECK_WINDOW``, wherever the config and the layers keep them.
-
-    A window of 4,096 would take thousands of tokens to show.
-    """
+def _lowered_limits(model: Any) -> Iterator[None]:
+    """``CHECK_LIMITS`` in place of what the config and the layers say, wherever they say anything."""
+    places = {id(place): place for place in (model.config, model.config.get_text_config(), *model.modules())}
     found = [
-        (place, name, getattr(place, name))
-        for place in {
-            id(place): place for place in (model.config, model.config.get_text_config(), *model.modules())
-        }.values()
-        for name in ("sliding_window", "attention_chunk_size")
-        if isinstance(vars(place).get(name), int)
+        (place, name, vars(place)[name])
+        for place in places.values()
+        for name in CHECK_LIMITS
+        if vars(place).get(name) is not None
     ]
     for place, name, _ in found:
-        setattr(place, name, CHECK_WINDOW)
+        setattr(place, name, CHECK_LIMITS[name])
     try:
         yield
     finally:
