@@ -143,6 +143,36 @@ def test_the_package_runs_as_a_module():
     assert (done.returncode, done.stdout) == (2, "")
 
 
+ENDLESS = """
+import sys, types
+from dataclasses import dataclass
+from trueup.cli import main as module
+
+@dataclass
+class Settings:
+    pass
+
+def endless(settings):
+    while True:
+        print("line")
+
+sys.modules["endless"] = types.SimpleNamespace(Settings=Settings, endless=endless)
+module.COMMANDS["endless"] = module.Command("Endless", "endless", "Settings", "endless")
+sys.exit(module.main(["endless"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of POSIX")
+def test_a_reader_that_goes_away_ends_the_command_quietly():
+    with subprocess.Popen([sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"line\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 HEAVY = {"torch", "transformers", "numpy", "datasets", "pyarrow", "peft"}
 
 

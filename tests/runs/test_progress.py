@@ -55,6 +55,13 @@ def test_the_last_line_is_not_told_twice(time):
     assert len(output(plain).splitlines()) == 1
 
 
+def test_a_run_with_nothing_left_to_do_tells_nothing(time):
+    plain = console(terminal=False)
+    with RunProgress(5, done=5, console=plain):
+        pass
+    assert output(plain) == ""
+
+
 def test_quiet_is_silent(time):
     for terminal in (True, False):
         silent = console(terminal=terminal)

@@ -1,13 +1,14 @@
 """``trueup``: finds the command, parses its settings, runs it.
 
 Nothing heavy is imported before the command is known to run: help and mistakes are answered at once.
-Exit codes: 0 done; 2 a mistake that the user can mend, said in one message on stderr; 130 interrupted; 1 anything else,
-with its traceback.
+Exit codes: 0 done; 2 a mistake that the user can mend, said in one message on stderr; 130 interrupted; 141 the output's
+reader went away; 1 anything else, with its traceback.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("trueup: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough. What Python still flushes at its end must not meet the closed pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -39,7 +39,7 @@ class RunProgress:
         console: Console | None = None,
     ) -> None:
         self.num_steps, self.title, self.done, self.quiet = num_steps, title, done, quiet
-        self._first = done
+        self._first = self._last_line_step = done
         self._console = console or Console(highlight=False)
         self._seconds_between_lines = seconds_between_lines
         self._started = self._last_line = time.monotonic()
@@ -119,8 +119,6 @@ class RunProgress:
             f"{clock(left)} left" if left is not None else "",
         ]
         return " · ".join(part for part in parts if part)
-
-    _last_line_step = -1
 
     def _print_line(self) -> None:
         self._last_line, self._last_line_step = time.monotonic(), self.done
