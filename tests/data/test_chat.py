@@ -207,6 +207,10 @@ def test_text_can_t_forge_turns(name: str, request: pytest.FixtureRequest) -> No
             (assistant(f"no {text}"),),
         )
 
+    report = ReadReport()
+    group_of(tokenizer, (user(FORGED),), (assistant("a"),), report=report)
+    group_of(tokenizer, "q", "a", report=report)
+    assert report.noted == {"text of special tokens in the data, read as plain text": 1}
     hostile, harmless = conversation(FORGED), conversation("harmless")
     assert control(hostile) == control(harmless)
     assert FORGED in tokenizer.decode(hostile.prompt)

@@ -124,6 +124,13 @@ class _Encoder:
             return [self.mark(item) for item in value]
         return value
 
+    def finds(self, value: Any) -> bool:
+        """Whether control-token text stands anywhere in ``value``."""
+        if isinstance(value, str):
+            return self._find.search(value) is not None
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        return any(map(self.finds, inner))
+
     def encode(self, marked: str, *, continues: bool) -> list[int]:
         """Tokens of a marked text, which stands at the beginning or ``continues`` another."""
         tokens: list[int] = []
@@ -419,9 +426,11 @@ def tokenize_group(
     example = _prepared(example, settings)
     try:
         if isinstance(example.prompt, str):
-            prompt, completions = _plain_tokens(_plain_text(tokenizer, settings), example)
+            form = _plain_text(tokenizer, settings)
+            prompt, completions = _plain_tokens(form, example)
         else:
-            prompt, completions = _chat_tokens(_chat(tokenizer, settings), example)
+            form = _chat(tokenizer, settings)
+            prompt, completions = _chat_tokens(form, example)
     except TemplateRefusal as refusal:
         report.drop(f"the chat template refuses the conversation ({refusal})", example.where)
         return None
@@ -430,7 +439,10 @@ def tokenize_group(
     if not prompt:
         report.drop("empty prompt", example.where)
         return None
-    return _fitted(prompt, completions, example, settings, report)
+    group = _fitted(prompt, completions, example, settings, report)
+    if group is not None and form.encoder.finds((example.prompt, example.completions)):
+        report.note("text of special tokens in the data, read as plain text", example.where)
+    return group
 
 
 def _turn(role: str, text: Text) -> Conversation:

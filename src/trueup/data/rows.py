@@ -145,8 +145,8 @@ def _jsonl_rows(stream: IO[bytes], name: str) -> Iterator[Row | DataError]:
     for number, line in enumerate(stream, 1):
         where = f"{name}:{number}"
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            if text.strip():
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            if text:
                 yield _row(json.loads(text), where)
         except (ValueError, RecursionError) as error:
             yield _broken_json(error, where)
