@@ -29,7 +29,7 @@ def token_logprobs(
     Natural logarithm; bfloat16 and float16 logits are raised to float32. Raises ``ValueError`` unless temperature > 0.
     """
     _require_positive("temperature", temperature)
-    scaled = _raised(logits) / temperature
+    scaled = _scaled(logits, temperature)
     return scaled.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
 
 
@@ -41,7 +41,7 @@ def entropy(logits: Float[Tensor, "*batch vocab"], *, temperature: float = 1.0) 
     bfloat16 and float16 logits are raised to float32. Raises ``ValueError`` unless temperature > 0.
     """
     _require_positive("temperature", temperature)
-    logprobs = (_raised(logits) / temperature).log_softmax(-1)
+    logprobs = _scaled(logits, temperature).log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
@@ -67,8 +67,8 @@ def linear_logprobs(
     softcap: float | None = None,
     temperature: float = 1.0,
     with_entropy: bool = False,
-    chunk_size: int = 1024,
-    vocab_chunk_size: int = 1024,
+    chunk_size: int | None = None,
+    vocab_chunk_size: int | None = None,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"] | None]:
     """Log-probability of each target under a linear head, and the entropy, without the matrix of logits.
 
@@ -81,17 +81,21 @@ def linear_logprobs(
     Gradients flow to ``hidden``, ``weight`` and ``bias`` from both results, once (no second derivative); what needs no
     gradient costs none.
 
-    Neither pass ever holds more logits than a few tiles of ``chunk_size`` tokens × ``vocab_chunk_size`` entries.
+    Neither pass ever holds more logits than a few tiles of ``chunk_size`` tokens × ``vocab_chunk_size`` entries. By
+    default a tile suits the cache of a CPU (1,024 × 1,024), and keeps an accelerator busy elsewhere (4,096 × 8,192).
     Kept for the backward pass are the inputs and one or two numbers a token; it computes the tiles anew. Half-precision
     inputs are multiplied in their own type (or in float32, where a CPU is faster in it); softmax and all sums over
     tiles are in float32.
 
     Raises ``ValueError`` for inputs of different types, a temperature, soft cap or tile that is not positive, and a
     target outside the vocabulary (on an accelerator, where the check would wait for the device, its result is NaN).
-    Source: the running log-sum-exp over blocks is Milakov & Gimelshein 2018 (arXiv 1805.02867); a loss over vocabulary
-    tiles with recomputation, Wijmans et al. 2024 (arXiv 2411.09009).
+    Source: softmax by blocks, Milakov & Gimelshein 2018 (arXiv 1805.02867); a loss over tiles of the vocabulary with
+    the logits computed anew, Wijmans et al. 2024 (arXiv 2411.09009).
     """
     _require_positive("temperature", temperature)
+    rows, columns = (1024, 1024) if hidden.device.type == "cpu" else (4096, 8192)
+    chunk_size = rows if chunk_size is None else chunk_size
+    vocab_chunk_size = columns if vocab_chunk_size is None else vocab_chunk_size
     _require_positive("chunk_size", chunk_size)
     _require_positive("vocab_chunk_size", vocab_chunk_size)
     if softcap is not None:
@@ -274,8 +278,10 @@ def _factor_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype if any(has.get(name) for name in native) else torch.float32
 
 
-def _raised(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over temperature, at least in float32, and no copy where nothing changes."""
+    raised = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return raised if temperature == 1 else raised / temperature
 
 
 def _require_positive(name: str, value: float | int) -> None:
