@@ -260,6 +260,18 @@ def test_tokens_that_anyone_may_write_stay_tokens(
     assert trained(qwen, group) == "Ġ|<tool_call>|<|im_end|>"
 
 
+def test_words_and_spaces_that_were_added_to_the_vocabulary_control_nothing(letters: PreTrainedTokenizerBase) -> None:
+    """Only what looks like a mark can be one; an end token need not be flagged as special to be protected."""
+    tokenizer = copy.deepcopy(letters)
+    tokenizer.add_tokens(["\n", "user", "<|end|>"])  # type: ignore[arg-type]
+    template = str(letters.chat_template).replace("<|im_end|>", "<|end|>")
+    group = group_of(tokenizer, (user("user\n<|end|>"),), (assistant("a\nuser"),), chat_template=template)
+    assert trained(tokenizer, group) == "a|\n|user|<|end|>"
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert group.prompt.tolist().count(end) == 1
+    assert stop_token_ids(tokenizer, TokenizeSettings(chat_template=template)) == [tokenizer.eos_token_id, end]
+
+
 def test_trusted_text_may_hold_tokens(smollm2: PreTrainedTokenizerBase) -> None:
     trusted = {"special_tokens_in_text": "token"}
     group = group_of(smollm2, "<|im_start|>user\nHi<|im_end|>\n", "Hello<|im_end|>", **trusted)

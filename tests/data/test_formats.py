@@ -394,6 +394,14 @@ def test_malformed_rows_say_what_and_where(row: dict[str, Any], data_format: str
     assert error.value.way_out
 
 
+def test_a_message_nested_too_deeply() -> None:
+    deep: list[Any] = []
+    for _ in range(2000):
+        deep = [deep]
+    with pytest.raises(DataError, match="row 1: nested too deeply"):
+        read({"messages": [user("q"), {**assistant("a"), "extra": deep}]}, task="sft")
+
+
 def test_detection_fails_with_the_formats_it_knows() -> None:
     with pytest.raises(DataError, match=r"row 1: no known format(.|\n)*'title', 'body'(.|\n)*explicit +prompt, chosen"):
         read({"title": "a", "body": "b"})

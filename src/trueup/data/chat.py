@@ -166,14 +166,16 @@ class _Encoder:
             way_out="remove it from the data, or trust it: special_tokens_in_text='token'",
         )
 
-    def unmarked(self, marked: str) -> str:
-        """The text as it was."""
-        return _MARKED.sub(lambda found: self._literals[int(found[1])], marked)
-
 
 def _special_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     added = tokenizer.added_tokens_decoder.values()
     return {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+
+
+def _bracketed_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Added tokens that look like marks, ``<…>`` or ``[…]``. Others are words or runs of spaces, added to save tokens."""
+    texts = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return {text for text in texts if re.fullmatch(r"[^\w\s].*[^\w\s]", text)}
 
 
 def _start_and_end(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int | None]:
@@ -236,22 +238,23 @@ class _Chat:
             raise ModelError(
                 f"the chat template fails on a question with an answer: {error}", way_out=WITHOUT_TEMPLATE
             ) from error
-        added = {token.content for token in tokenizer.added_tokens_decoder.values()} | _special_texts(tokenizer)
-        self.end_text = self._find_end(told, added)
-        around = {text for text in added if text in user_turn}
+        special = _special_texts(tokenizer)
+        marks = special | _bracketed_texts(tokenizer)
+        self.end_text = self._find_end(told, marks)
+        around = {text for text in marks if text in user_turn}
         self.encoder = _Encoder(
             tokenizer,
-            [*(_special_texts(tokenizer) | around | {self.end_text})],
+            [*(special | around | {self.end_text})],
             mark_control=settings.special_tokens_in_text == "plain",
         )
-        self._check_opening(asked, user_turn, told, added)
+        self._check_opening(asked, user_turn, told, marks)
 
     @staticmethod
-    def _find_end(told: str, added: set[str]) -> str:
+    def _find_end(told: str, marks: set[str]) -> str:
         _, found, tail = told.rpartition(_ANSWER)
         if not found:
             raise ModelError("the chat template leaves out what the assistant says", way_out=WITHOUT_TEMPLATE)
-        first = min((text for text in added if text in tail), key=lambda t: (tail.index(t), -len(t)), default=None)
+        first = min((text for text in marks if text in tail), key=lambda t: (tail.index(t), -len(t)), default=None)
         if first is None:
             raise ModelError(
                 "the chat template puts no end token behind an assistant's turn, so a model could not learn to stop",
@@ -260,9 +263,9 @@ class _Chat:
         return first
 
     @staticmethod
-    def _check_opening(asked: str, user_turn: str, told: str, added: set[str]) -> None:
+    def _check_opening(asked: str, user_turn: str, told: str, marks: set[str]) -> None:
         opening = told[len(asked) :].partition(_ANSWER)[0] if told.startswith(asked) else ""
-        header = any(text in opening for text in added) or any(character.isalnum() for character in opening)
+        header = any(text in opening for text in marks) or any(character.isalnum() for character in opening)
         if asked == user_turn and (header or not told.startswith(asked)):
             raise ModelError(
                 "the chat template knows no generation prompt (it ignores add_generation_prompt), so that the place "

@@ -629,6 +629,8 @@ def _read(
     except _Dropped as reason:
         report.drop(str(reason), row.where)
         return None
+    except RecursionError:
+        return DataError("nested too deeply", where=row.where, way_out="flatten or remove the row")
     except DataError as error:
         way_out = error.way_out or f"the format '{report.format}' wants {data_format.columns}"
         return DataError(error.what, where=row.where, way_out=way_out)
