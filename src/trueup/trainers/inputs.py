@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from trueup.data.chat import TokenizeSettings, tokenize_group
 from trueup.data.collate import batches, num_steps, split_holdout
@@ -142,7 +142,7 @@ def _is_given(source: Any) -> bool:
     return source is not None and not (isinstance(source, tuple | list) and not source)
 
 
-def _is_tokenized(source: Any) -> bool:
+def _is_tokenized(source: Any) -> TypeGuard[Sequence[CompletionGroup]]:
     return isinstance(source, Sequence) and not isinstance(source, str) and isinstance(source[0], CompletionGroup)
 
 

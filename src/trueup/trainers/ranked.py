@@ -13,7 +13,7 @@ from trueup.records import CompletionGroup
 
 def ranked_rows(values: Tensor, groups: Sequence[CompletionGroup]) -> Tensor:
     """``values[C]`` in the order of the completions → ``[N, K]``, best first; shorter groups are filled with 0."""
-    return pad_sequence(values.split([len(group.completions) for group in groups]), batch_first=True)
+    return pad_sequence(list(values.split([len(group.completions) for group in groups])), batch_first=True)
 
 
 def ranked_mask(groups: Sequence[CompletionGroup], device: torch.device) -> Tensor:

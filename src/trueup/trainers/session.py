@@ -12,7 +12,7 @@ from typing import Any
 from trueup.errors import CheckpointError, NonFiniteError
 from trueup.records import CompletionGroup
 from trueup.runs.checkpoint import checkpoint_step, latest_checkpoint, load_state, save_checkpoint
-from trueup.runs.folder import RunFolder, read_lines
+from trueup.runs.folder import RunFolder, read_metrics
 from trueup.runs.interrupt import Interrupt, interrupts
 from trueup.runs.progress import RunProgress
 from trueup.runs.seeds import restore_rng_state, rng_state, seed_everything
@@ -110,7 +110,7 @@ class Session:
         checkpoint = latest_checkpoint(self.folder)
         assert checkpoint is not None  # the last step always writes one
         if not metrics:
-            metrics = {name: value for line in read_lines(self.folder.metrics)[-2:] for name, value in line.items()}
+            metrics = {name: value for line in read_metrics(self.folder.metrics)[-2:] for name, value in line.items()}
         return RunResult(folder=self.folder.path, model_folder=checkpoint / "model", metrics=dict(metrics))
 
 

