@@ -7,6 +7,8 @@ import gzip
 import io
 import itertools
 import json
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -177,6 +179,16 @@ def test_zstd_frames_one_after_the_other(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(zstd(b'{"text": "x"}\n') + zstd(b'{"text": "y"}\n'))
     assert [row.fields["text"] for row in read_rows(path)] == ["x", "y"]
+
+
+def test_reading_needs_no_heavy_package() -> None:
+    """Neither the readers nor the settings of ``trueup data check`` load what makes ``--help`` slow."""
+    code = (
+        "import sys, trueup.data.check, trueup.data.collate, trueup.cli.data;"
+        "print(sorted({'torch', 'transformers', 'datasets', 'pyarrow', 'jinja2', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in ("[]", "['rich']")  # tyro brings rich
 
 
 def test_long_csv_cells(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def _special_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 def _bracketed_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Added tokens that look like marks, ``<…>`` or ``[…]``. Others are words or runs of spaces, added to save tokens."""
+    """Added tokens that look like marks, ``<…>`` or ``[…]``. Others are words or spaces, added to save tokens."""
     texts = {token.content for token in tokenizer.added_tokens_decoder.values()}
     return {text for text in texts if re.fullmatch(r"[^\w\s].*[^\w\s]", text)}
 
