@@ -13,7 +13,7 @@ Shapes: query [1, H, T, D], key and value [1, H_kv, T, D] → [1, H, T, D]; H is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -92,8 +92,33 @@ def attention_parts(layout: TreeLayout, window: int | None, dtype: torch.dtype) 
     queries attend to their own stretch. ``dtype`` is that of the biases. Kept with the layout, as every layer asks.
     """
     if (window, dtype) not in layout.kept:
-        layout.kept[window, dtype] = [part for span in layout.spans for part in _parts(layout, span, window, dtype)]
+        parts: list[Part] = []
+        for run in _runs(layout.spans):
+            whole = slice(run[0].start, run[-1].stop)
+            parts += (
+                _parts(layout, run[0], window, dtype)
+                if len(run) == 1
+                else [_biased(layout, whole, whole, window, dtype)]
+            )
+        layout.kept[window, dtype] = parts
     return layout.kept[window, dtype]
+
+
+def _runs(spans: Sequence[GroupSpan]) -> list[list[GroupSpan]]:
+    """Neighbouring groups that are so small that one call for all of them, what lies between them computed and thrown
+    away, costs less than a call for each."""
+    runs: list[list[GroupSpan]] = []
+    for span in spans:
+        if runs and (span.stop - runs[-1][0].start) ** 2 <= CALL_COST:
+            runs[-1].append(span)
+        else:
+            runs.append([span])
+    return runs
+
+
+def _biased(layout: TreeLayout, queries: slice, keys: slice, window: int | None, dtype: torch.dtype) -> Part:
+    seen = layout.mask(window, queries, keys)
+    return Part(queries, keys, bias=torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf")))
 
 
 def _parts(layout: TreeLayout, span: GroupSpan, window: int | None, dtype: torch.dtype) -> Iterator[Part]:
@@ -108,8 +133,7 @@ def _parts(layout: TreeLayout, span: GroupSpan, window: int | None, dtype: torch
             yield biased(slice(start, stop), slice(max(place.start, start - window + 1), stop))
 
     def biased(queries: slice, keys: slice) -> Part:
-        seen = layout.mask(window, queries, keys)
-        return Part(queries, keys, bias=torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf")))
+        return _biased(layout, queries, keys, window, dtype)
 
     if len(span.completions) == 1:
         yield from causal(slice(span.start, span.stop))
