@@ -196,15 +196,17 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen: set[int])
     h = head()
     everything = torch.autograd.grad(linear_logprobs(h.hidden, h.weight, h.targets, bias=h.bias)[0].sum(), h.inputs)
     inputs = [x.detach() if i in frozen else x.detach().requires_grad_() for i, x in enumerate(h.inputs)]
-    with LargestTensor() as largest:
+    with Watch() as watch:
         linear_logprobs(inputs[0], inputs[1], h.targets, bias=inputs[2], **SMALL_TILES)[0].sum().backward()
     for i, (tensor, gradient) in enumerate(zip(inputs, everything, strict=True)):
         if i in frozen:
             assert tensor.grad is None
         else:
             torch.testing.assert_close(tensor.grad, gradient, rtol=1e-11, atol=1e-12)
+    num_tiles = 4 * 4  # 10 tokens by 3, 23 entries by 7
+    assert watch.num_products == num_tiles * (2 + len({0, 1} - frozen)), "a product that nobody wants, or one too few"
     if 1 in frozen:
-        assert largest.num_elements < h.weight.numel(), "room for a gradient that nobody wants"
+        assert watch.num_elements < h.weight.numel(), "room for a gradient that nobody wants"
 
 
 def test_no_gradient_at_all() -> None:
@@ -279,13 +281,15 @@ def test_hopeless_and_certain_targets() -> None:
     assert gradients[1].tolist() == [[-1], [1], [0]]
 
 
-class LargestTensor(TorchDispatchMode):
-    """The most elements that any operation under it wrote into one new tensor."""
+class Watch(TorchDispatchMode):
+    """The most elements that any operation under it wrote into one new tensor, and how many matrices it multiplied."""
 
     num_elements = 0
+    num_products = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.num_products += func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.mm)
         if isinstance(out, Tensor) and not any(out is arg for arg in args) and not out._is_view():
             self.num_elements = max(self.num_elements, out.numel())
         return out
@@ -296,7 +300,7 @@ def test_logits_exist_one_tile_at_a_time(with_entropy: bool) -> None:
     h = head(num_tokens=64, dim=4, vocab=4096, dtype=torch.float32)
 
     def largest(function: Any, **options: Any) -> int:
-        with LargestTensor() as mode:
+        with Watch() as mode:
             logprobs, entropies = function(h.hidden, h.weight, h.targets, bias=h.bias, **options)
             pull(logprobs, entropies if with_entropy else None).backward()
         return mode.num_elements
