@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from trueup.errors import ModelError
 from trueup.models import attention
@@ -291,6 +292,16 @@ def test_the_check_leaves_everything_as_it_was(tiny_model, family) -> None:
     assert {name: getattr(model.config, name, None) for name in CHECK_LIMITS} == limits
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_saved_model_knows_nothing_of_the_tree(tiny_model, plain_logprobs, batch, tmp_path) -> None:
+    model = tiny_model("llama")
+    scorer = prepare_scorer(model)
+    model.save_pretrained(tmp_path)
+    assert "trueup" not in (tmp_path / "config.json").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(plain_logprobs(loaded, batch), scorer(batch).logprobs, rtol=0, atol=2e-5)
 
 
 def test_a_large_model_is_checked_as_it_is(tiny_model, monkeypatch) -> None:
