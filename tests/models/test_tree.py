@@ -29,19 +29,19 @@ def test_a_batch_by_hand() -> None:
     batch = tree_batch(groups)
     assert batch.tokens.tolist() == [10, 11, 12, 13, 14, 15, 20, 21, 22, 23]
     assert batch.positions.tolist() == [0, 1, 2, 3, 3, 4, 0, 1, 2, 3]
-    assert batch.targets.tolist() == [13, 14, 15, 21, 22, 23]
-    assert batch.scored.tolist() == [2, 2, 4, 6, 7, 8]
-    assert batch.mask.tolist() == [True, True, False, True, True, True]
+    assert batch.targets.tolist() == [13, 14, 21, 22, 23]  # 15 is somebody else's: no hidden state, no logits for it
+    assert batch.scored.tolist() == [2, 2, 6, 7, 8]
+    assert batch.places.tolist() == [0, 3, 6, 7, 8]
     assert batch.lengths.tolist() == [1, 2, 3]
     assert batch.last.tolist() == [3, 5, 9]
     assert batch.group_of.tolist() == [0, 0, 1]
     assert batch.num_groups == 2
-    assert batch.rows(batch.targets).tolist() == [[13, 0, 0], [14, 15, 0], [21, 22, 23]]
+    assert batch.rows(batch.targets).tolist() == [[13, 0, 0], [14, 0, 0], [21, 22, 23]]
     assert batch.row_mask.tolist() == [[True, False, False], [True, False, False], [True, True, True]]
     rows = batch.padded()
     assert rows.tokens.tolist() == [[10, 11, 12, 13, 0], [10, 11, 12, 14, 15], [20, 21, 22, 23, 0]]
     assert rows.attention_mask.sum(-1).tolist() == [4, 5, 4]
-    assert rows.scored.tolist() == [2, 7, 8, 10, 11, 12]
+    assert rows.scored.tolist() == [2, 7, 10, 11, 12]
     assert rows.last.tolist() == [3, 9, 13]
 
 
@@ -74,6 +74,25 @@ def test_tree_and_padded_rows_score_the_same_tokens(shape) -> None:
     assert torch.equal(flat[rows.last], batch.tokens[batch.last])
     assert torch.equal(batch.rows(batch.targets)[batch.row_mask], batch.targets)
     assert int(batch.lengths.sum()) == len(batch.targets)
+
+
+def test_only_what_the_model_wrote_is_scored() -> None:
+    """A conversation with somebody else's turns in between: scored tokens keep their places, in tree and rows alike."""
+    mask = np.array([False, True, True, False, False, True])
+    tokens = np.arange(30, 36)
+    groups = [
+        CompletionGroup(prompt=np.array([7, 8]), completions=(Completion(tokens=tokens, mask=mask),)),
+        _group(3, (2, 4)),
+        CompletionGroup(prompt=np.array([9]), completions=(Completion(tokens=tokens[:2], mask=mask[:1].repeat(2)),)),
+    ]
+    batch = tree_batch(groups)
+    rows, flat = batch.padded(), batch.padded().tokens.flatten()
+    assert batch.targets[:3].tolist() == [31, 32, 35]
+    assert batch.scored[:3].tolist() == [2, 3, 6]
+    assert batch.row_mask.tolist()[0] == mask.tolist()
+    assert not batch.row_mask[-1].any()
+    assert torch.equal(flat[rows.scored + 1], batch.targets)
+    assert torch.equal(flat[rows.scored], batch.tokens[batch.scored])
 
 
 def test_rows_hand_the_gradient_back_in_place() -> None:

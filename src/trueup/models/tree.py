@@ -91,13 +91,13 @@ class PaddedRows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TreeBatch:
-    """N groups with C completions in all, as one stream of T tokens, S of them to be scored.
+    """N groups with C completions in all, as one stream of T tokens, S of them to be scored: those that the model wrote.
 
     ``tokens``, ``positions``: int64 [T]; a completion's positions start at its prompt's length.
-    ``scored``: int64 [S], the stream index of the hidden state that predicts each completion token: the prompt's last
-    token scores the first token of all its completions. ``targets``: int64 [S], those tokens. ``mask``: bool [S], True
-    where the model wrote the token. ``lengths``, ``last``, ``group_of``: int64 [C], a completion's number of tokens,
-    the stream index of its last token, and its group's number. Completions stand in the order of the groups.
+    ``scored``: int64 [S], the stream index of the hidden state that predicts each scored token: the prompt's last token
+    scores the first token of all its completions. ``targets``: int64 [S], those tokens. ``places``: int64 [S], where
+    each stands in ``rows``. ``lengths``, ``last``, ``group_of``: int64 [C], a completion's number of tokens, the stream
+    index of its last token, and its group's number. Completions stand in the order of the groups.
     """
 
     tokens: Tensor
@@ -105,28 +105,29 @@ class TreeBatch:
     layout: TreeLayout
     scored: Tensor
     targets: Tensor
-    mask: Tensor
+    places: Tensor
     lengths: Tensor
     last: Tensor
     group_of: Tensor
     num_groups: int
 
+    @property
+    def longest(self) -> int:
+        """Tmax: tokens in the longest completion."""
+        return max(max(span.completions) for span in self.layout.spans)
+
     def rows(self, flat: Tensor) -> Tensor:
-        """One row per completion: [S, …] → [C, Tmax, …], zeros behind each completion's end.
+        """One row per completion, one column per token: [S, …] → [C, Tmax, …], zeros where nothing is scored.
 
         Differentiable, and its gradient is the same to the bit in every run: each value has one place.
         """
-        length = max(max(span.completions) for span in self.layout.spans)
-        starts = torch.arange(len(self.lengths), device=flat.device) * length
-        first = self.lengths.cumsum(0) - self.lengths
-        place = torch.arange(len(flat), device=flat.device) + (starts - first).repeat_interleave(self.lengths)
-        rows = flat.new_zeros(len(self.lengths) * length, *flat.shape[1:]).index_copy(0, place, flat)
-        return rows.view(len(self.lengths), length, *flat.shape[1:])
+        shape = (len(self.lengths), self.longest, *flat.shape[1:])
+        return flat.new_zeros(shape[0] * shape[1], *shape[2:]).index_copy(0, self.places, flat).view(shape)
 
     @property
     def row_mask(self) -> Tensor:
-        """``mask`` as rows: bool [C, Tmax], False behind each completion's end."""
-        return self.rows(self.mask)
+        """Where ``rows`` holds a scored token: bool [C, Tmax]."""
+        return self.rows(torch.ones_like(self.places, dtype=torch.bool))
 
     def padded(self) -> PaddedRows:
         """The batch for a model that can't read the tree: each completion a row of its own behind its prompt."""
@@ -137,8 +138,9 @@ class TreeBatch:
         for row, path in enumerate(paths):
             index[row, : len(path)], real[row, : len(path)] = path, 1
         last = np.arange(len(paths)) * width + [len(path) - 1 for path in paths]
-        lengths = self.lengths.cpu().numpy()
-        scored = np.concatenate([np.arange(end - n, end) for end, n in zip(last, lengths, strict=True)])
+        # A token that is n places before its completion's end is so in its row too.
+        completion, column = np.divmod(self.places.cpu().numpy(), self.longest)
+        scored = last[completion] - self.lengths.cpu().numpy()[completion] + column
         device = self.tokens.device
         attention_mask = torch.from_numpy(real).to(device)
         # Padding is never looked at, so any token serves; 0 exists in every vocabulary.
@@ -156,7 +158,7 @@ def tree_batch(groups: Sequence[CompletionGroup], device: torch.device | str = "
     """
     if not groups:
         raise ValueError("a batch needs at least one group")
-    tokens, spans, scored, masks = [], [], [], []
+    tokens, spans, masks = [], [], []
     start = 0
     for group in groups:
         lengths = tuple(len(completion.tokens) for completion in group.completions)
@@ -169,7 +171,6 @@ def tree_batch(groups: Sequence[CompletionGroup], device: torch.device | str = "
         span = GroupSpan(start, len(group.prompt), lengths)
         tokens += [group.prompt, *(completion.tokens for completion in group.completions)]
         masks += [completion.completion_mask for completion in group.completions]
-        scored += [np.r_[span.split - 1, branch.start : branch.stop - 1] for branch in span.branches]
         spans.append(span)
         start = span.stop
 
@@ -187,16 +188,22 @@ def tree_batch(groups: Sequence[CompletionGroup], device: torch.device | str = "
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
     stream = put(np.concatenate(tokens).astype(np.int64))
-    scored_index = np.concatenate(scored)
-    is_target = np.concatenate([np.arange(branch.start, branch.stop) for span in spans for branch in span.branches])
+    written = np.concatenate(masks)
+    branches = [branch for span in spans for branch in span.branches]
+    targets = np.concatenate([np.arange(branch.start, branch.stop) for branch in branches])[written]
+    before = np.concatenate([np.arange(branch.start - 1, branch.stop - 1) for branch in branches])
+    first = np.concatenate([[0], lengths.cumsum()[:-1]])
+    before[first] = np.repeat([span.split - 1 for span in spans], [len(span.completions) for span in spans])
+    columns = np.concatenate([np.arange(n) for n in lengths])
+    places = np.repeat(np.arange(len(lengths)) * lengths.max(), lengths) + columns
     layout = TreeLayout(put(group_index), put(branch), put(positions), tuple(spans))
     return TreeBatch(
         tokens=stream,
         positions=layout.positions,
         layout=layout,
-        scored=put(scored_index),
-        targets=stream[put(is_target)],
-        mask=put(np.concatenate(masks).astype(bool)),
+        scored=put(before[written]),
+        targets=stream[put(targets)],
+        places=put(places[written]),
         lengths=put(lengths),
         last=put(last),
         group_of=put(group_of),

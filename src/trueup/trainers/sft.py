@@ -40,7 +40,7 @@ def train_sft(
 
     def loss(groups: Sequence[CompletionGroup], batch: TreeBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs = scorer(batch).logprobs
-        return token_mean(-logprobs, batch.mask, totals.tokens), {}
+        return token_mean(-logprobs, denominator=totals.tokens), {}
 
     return fit(
         session,
