@@ -27,7 +27,8 @@ ROOT = HERE.parent
 PEER_ENVIRONMENT = ROOT / ".venv-trl"
 
 TOLERANCES = {
-    "float32": Tolerance(loss=1e-5, grad_norm=1e-4),
+    # A sequence log-prob of some hundred nats carries a rounding error of 1e-5 to 1e-4; DPO takes β = 0.1 of it.
+    "float32": Tolerance(loss=3e-5, grad_norm=1e-4),
     # The peer multiplies in bfloat16 under autocast and keeps the rest in float32; trueup computes all of the model in
     # bfloat16. A relative error of 2⁻⁹ at every product leaves about two digits in common.
     "bfloat16": Tolerance(loss=1e-2, grad_norm=5e-2),

@@ -132,3 +132,31 @@ def test_the_table_has_a_row_for_every_result(bench):
     assert header.count("|") == rule.count("|") == row.count("|")
     expected = ["dpo", "keep", "2.00 (2.00–2.00)", "2.00 (2.00–2.00)", "1.0 (1.0–1.0)", "1,234", "1,234"]
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [*expected, "`--micro-batch 2`", "2e-07", "3e-06"]
+
+
+@pytest.mark.parametrize(("peer_loss", "agrees"), [(2.000001, True), (2.1, False)])
+def test_sides_that_compute_different_losses_get_no_row(bench, tmp_path, peer_loss, agrees):
+    class Canned(bench.Bench):
+        def ours(self, objective, allocator):
+            return make_run(bench, (2.0, 1.0, 1.0), (2.0, 1.0, 1.0))
+
+        def peer(self, objective, allocator, options, num_steps=None):
+            return make_run(bench, (2.0, 1.0, 5.0), (peer_loss, 1.0, 5.0))
+
+    canned = Canned(
+        work=bench.protocol.Work(folder=tmp_path),
+        num_steps=2,
+        batch_size=4,
+        precision="float32",
+        threads=1,
+        our_python=tmp_path,
+        peer_python=tmp_path,
+        our_options=(),
+    )
+    if agrees:
+        result = canned.result("dpo", "default", 2, ("--micro-batch", "1"))
+        assert result.agreement.loss == pytest.approx(5e-7, rel=1e-3)
+        assert result.comparison.ratio.median == 5.0
+    else:
+        with pytest.raises(bench.Disagreement, match=r"step 1: loss 2, 2\.1; gradient norm 1, 1"):
+            canned.result("dpo", "default", 2, ("--micro-batch", "1"))
