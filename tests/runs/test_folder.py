@@ -27,6 +27,13 @@ def folder(tmp_path) -> RunFolder:
     return RunFolder.create(tmp_path / "runs" / "one", Settings())
 
 
+@pytest.fixture
+def begun(folder) -> RunFolder:
+    """The folder of a run that has made a step."""
+    folder.log({"loss": 1.0}, step=1)
+    return folder
+
+
 def test_a_new_folder_holds_settings_and_environment(folder):
     assert (folder.path / "config.yaml").read_text() == (
         "model: m\nlearning_rate: 1.0e-06\ndata: [a.jsonl, b.jsonl]\nquiet: false\n"
@@ -57,9 +64,25 @@ def test_the_environment_names_the_git_revision_or_none(tmp_path, monkeypatch):
     assert environment_record()["git"]["changed"] is True
 
 
-def test_a_folder_in_use_is_refused_with_the_way_out(folder):
+def test_a_folder_in_use_is_refused_with_the_way_out(begun):
     with pytest.raises(SettingsError, match=r"(?s)not empty.*--resume"):
-        RunFolder.create(folder.path, Settings())
+        RunFolder.create(begun.path, Settings())
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_never_made_a_step_leaves_its_folder_free(folder, resume):
+    RunFolder.create(folder.path / "reference", Settings())
+    again = RunFolder.create(folder.path, replace(Settings(), model="mended"), resume=resume)
+    assert again.path == folder.path
+    assert "model: mended" in (folder.path / "config.yaml").read_text()
+    assert "resumed" not in json.loads((folder.path / "environment.json").read_text())
+
+
+def test_a_settings_file_of_the_user_s_own_is_not_overwritten(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: m  # the one that works\n")
+    with pytest.raises(SettingsError, match="not empty"):
+        RunFolder.create(tmp_path, Settings())
+    assert "the one that works" in (tmp_path / "config.yaml").read_text()
 
 
 def test_a_path_that_can_t_be_a_folder_is_refused(tmp_path):
@@ -70,11 +93,11 @@ def test_a_path_that_can_t_be_a_folder_is_refused(tmp_path):
         RunFolder.create(tmp_path / "file", Settings())
 
 
-def test_resuming_keeps_the_first_environment_and_adds_the_new(folder):
-    first = json.loads((folder.path / "environment.json").read_text())
+def test_resuming_keeps_the_first_environment_and_adds_the_new(begun):
+    first = json.loads((begun.path / "environment.json").read_text())
     for _ in range(2):
-        RunFolder.create(folder.path, Settings(), resume=True)
-    after = json.loads((folder.path / "environment.json").read_text())
+        RunFolder.create(begun.path, Settings(), resume=True)
+    after = json.loads((begun.path / "environment.json").read_text())
     assert {key: value for key, value in after.items() if key != "resumed"} == first
     assert [record["argv"] for record in after["resumed"]] == [sys.argv] * 2
 
@@ -84,26 +107,26 @@ def test_resuming_an_empty_folder_starts_it(tmp_path):
     assert "resumed" not in json.loads((folder.path / "environment.json").read_text())
 
 
-def test_resuming_with_other_settings_names_them(folder):
+def test_resuming_with_other_settings_names_them(begun):
     changed = replace(Settings(), learning_rate=1e-5, data=("a.jsonl",))
     with pytest.raises(CheckpointError) as raised:
-        RunFolder.create(folder.path, changed, resume=True)
+        RunFolder.create(begun.path, changed, resume=True)
     message = str(raised.value)
     assert "learning_rate: 1.0e-06 then, 1.0e-05 now" in message
     assert "data: ['a.jsonl', 'b.jsonl'] then, ['a.jsonl'] now" in message
-    assert "model" not in message.replace(str(folder.path), "")
+    assert "model" not in message.replace(str(begun.path), "")
 
 
-def test_a_setting_that_came_with_a_later_version_doesn_t_bar_resuming(folder):
-    config = folder.path / "config.yaml"
+def test_a_setting_that_came_with_a_later_version_doesn_t_bar_resuming(begun):
+    config = begun.path / "config.yaml"
     config.write_text(config.read_text().replace("quiet: false\n", "gone: 3\n"))
-    RunFolder.create(folder.path, Settings(), resume=True)
+    RunFolder.create(begun.path, Settings(), resume=True)
     assert config.read_text().endswith("quiet: false\n")
 
 
-def test_what_may_change_may_and_is_written(folder):
-    RunFolder.create(folder.path, replace(Settings(), quiet=True), resume=True, may_change=["quiet"])
-    assert "quiet: true" in (folder.path / "config.yaml").read_text()
+def test_what_may_change_may_and_is_written(begun):
+    RunFolder.create(begun.path, replace(Settings(), quiet=True), resume=True, may_change=["quiet"])
+    assert "quiet: true" in (begun.path / "config.yaml").read_text()
 
 
 def test_resuming_what_is_no_run_folder_is_refused(tmp_path):

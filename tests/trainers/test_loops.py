@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from trueup import dpo, preference, reward, sft
 from trueup.errors import CheckpointError, DataError, NonFiniteError, SettingsError
+from trueup.models.load import load_model
 from trueup.runs.folder import read_metrics
 from trueup.trainers.preference import LOSSES
 from trueup.trainers.session import Session
@@ -170,6 +172,30 @@ def test_a_loss_that_is_not_finite_is_skipped_counted_and_kept(tiny_model: str, 
     kept = [json.loads(line) for line in (Path(output) / "bad_batches.jsonl").read_text().splitlines()]
     assert [row["step"] for row in kept] == [2] * 8 + [3] * 8  # the first step is what broke the model
     assert [line["skipped_steps"] for line in metrics(output)] == [0, 1, 2]
+
+
+def test_one_model_object_can_be_trained_twice(tiny_model: str, pairs: list, tmp_path: Path):
+    loaded = load_model(tiny_model, dtype="bfloat16")
+    for name in ("first", "second"):
+        settings = {"tokenizer": loaded.tokenizer, "learning_rate": 1e-2, "num_samples": 0, "quiet": True}
+        sft(model=loaded.model, data=pairs, output=str(tmp_path / name), **settings)
+        assert all(line["grad_norm"] > 0 for line in metrics(tmp_path / name))
+
+
+def test_an_evaluation_of_a_broken_model_says_nan(tiny_model: str, pairs: list, output: str):
+    broken = {"learning_rate": 1e30, "optimizer": "sgd", "eval_data": pairs, "eval_every": 1, "num_samples": 0}
+    with pytest.raises(NonFiniteError):
+        train("preference", tiny_model, pairs, output, max_skipped_steps=2, **broken)
+    last = [line for line in metrics(output) if "eval_loss" in line][-1]
+    assert math.isnan(last["eval_rewards/accuracies"])
+
+
+def test_the_seed_draws_a_reward_model_s_head(tiny_model: str, pairs: list, tmp_path: Path):
+    losses = set()
+    for seed in (0, 1):
+        train("reward", tiny_model, pairs, str(tmp_path / str(seed)), seed=seed, eval_data=pairs, max_steps=1)
+        losses.add(metrics(tmp_path / str(seed))[0]["eval_loss"])
+    assert len(losses) == 2
 
 
 def test_a_folder_in_use_and_other_settings_are_refused(tiny_model: str, pairs: list, output: str):

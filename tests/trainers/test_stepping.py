@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from trueup.errors import ModelError
 from trueup.trainers.settings import SFTSettings
 from trueup.trainers.stepping import Stepper, lr_scale
 
@@ -78,3 +79,21 @@ def test_state_goes_round():
     run(second, resumed, range(3, 6))
     assert torch.equal(whole.weight, second.weight)
     assert torch.equal(whole.bias, second.bias)
+
+
+def test_a_closed_stepper_leaves_the_gradients_to_the_next():
+    """Two runs on one bfloat16 object: the first's master weights must not go on taking its gradients."""
+    net = module().bfloat16()
+    for _ in range(2):
+        before = net.weight.detach().clone()
+        stepper = Stepper(net, SFTSettings(optimizer="sgd", learning_rate=1.0), total_steps=1)
+        net(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
+        norm, _ = stepper.step(0)
+        stepper.close()
+        assert norm > 0
+        assert not torch.equal(net.weight, before)
+
+
+def test_a_frozen_model_is_refused():
+    with pytest.raises(ModelError, match="frozen"):
+        Stepper(module().requires_grad_(False), SFTSettings(), total_steps=1)

@@ -30,6 +30,7 @@ from trueup.runs.files import write_atomic
 from trueup.runs.settings import to_yaml, values_from_yaml
 
 _PACKAGES = ("trueup", "torch", "transformers", "numpy", "safetensors", "peft", "datasets", "tokenizers")
+_FIRST_FILES = {"config.yaml", "environment.json"}
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -48,7 +49,7 @@ class RunFolder:
         With ``resume`` the folder may hold a run already: its ``config.yaml`` is then compared with ``settings`` (the
         fields in ``may_change`` apart) and rewritten, and the new environment is added to ``environment.json`` under
         ``resumed``. Resuming a folder that holds nothing is starting it, so that one command serves first start and
-        restart.
+        restart. A run that stopped before its first step leaves its folder free.
 
         Raises ``SettingsError`` for a folder that isn't empty without ``resume``, or that can't be made, and
         ``CheckpointError`` for one that was written with other settings or isn't a run folder.
@@ -57,7 +58,7 @@ class RunFolder:
         config, environment = folder.path / "config.yaml", folder.path / "environment.json"
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
-            occupied = any(folder.path.iterdir())
+            occupied = not _is_unused(folder.path)
         except OSError as error:
             raise SettingsError(f"can't make the run folder: {error.strerror}", where=str(path)) from error
         if occupied and not resume:
@@ -152,6 +153,17 @@ def environment_record() -> dict[str, Any]:
             record["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
             record["cuda"] = torch.version.cuda
     return record
+
+
+def _is_unused(folder: Path) -> bool:
+    """Whether a run can start in ``folder``: it is empty, or holds only what a run writes before its first step (one
+    that stopped at a mistyped model, say). Settings alone, without the environment beside them, are the user's own."""
+    inside = list(folder.iterdir())
+    names = {path.name for path in inside}
+    return not inside or (
+        "environment.json" in names
+        and all(_is_unused(path) if path.is_dir() else path.name in _FIRST_FILES for path in inside)
+    )
 
 
 def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

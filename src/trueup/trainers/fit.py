@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -73,7 +75,7 @@ def fit(
     evaluated: dict[str, float] = {}
     trained: dict[str, float] = {}
     scorer.train()
-    with session.running(start, inputs.num_steps) as progress:
+    with closing(stepper), session.running(start, inputs.num_steps) as progress:
         if start == 0:
             evaluated = evaluate(0)
         for step, epoch, groups in inputs.steps(start):
@@ -117,6 +119,8 @@ def summary(tally: Tally, accuracy: str | None) -> dict[str, float]:
     if accuracy is None:
         return metrics
     outcomes, gaps = tally.all(accuracy).numpy(), tally.all("length_gap").numpy()
+    if np.isnan(outcomes).any():  # the model is broken: the means say so, and there is nothing to estimate
+        return metrics
     named: Iterable[tuple[str, tuple[float, float, float]]] = (
         (accuracy, accuracy_interval(outcomes)),
         (f"{accuracy}_length_matched", length_matched_accuracy(outcomes, gaps)),

@@ -30,5 +30,6 @@ def ordered_pairs(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def outcomes(better: Tensor, worse: Tensor) -> Tensor:
-    """1 where the better one has the higher value, 0 where it has the lower, ½ at a tie."""
-    return 0.5 * (1.0 + torch.sign(better - worse))
+    """1 where the better one has the higher value, 0 where it has the lower, ½ at a tie, NaN where one is NaN."""
+    lead = better - worse
+    return torch.where(lead.isnan(), lead, 0.5 * (1.0 + torch.sign(lead)))

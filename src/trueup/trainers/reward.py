@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,9 @@ def train_reward(
     take the place of the settings of the same name. Raises ``TrueupError`` for every mistake that the user can mend.
     """
     session = open_session("reward", settings)
-    reward_model, tokenizer = load_trained(settings, model, tokenizer, load=load_reward_model)
+    reward_model, tokenizer = load_trained(
+        settings, model, tokenizer, load=partial(load_reward_model, seed=settings.seed)
+    )
     inputs = load_inputs(settings, tokenizer, task="preference", data=data, eval_data=eval_data, say=session.say)
     scorer = prepare_reward_scorer(reward_model)
 

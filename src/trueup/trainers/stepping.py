@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trueup.errors import ModelError
 from trueup.models.precision import MasterWeights
 from trueup.trainers.settings import TrainSettings
 
@@ -47,12 +48,16 @@ class Stepper:
 
     After the backward passes of a batch, ``step(n)`` clips the gradient, sets the learning rate of update ``n``, and
     moves the parameters. A gradient that is not finite moves nothing; the caller sees it in the returned norm.
+    ``close`` it when done. Raises ``ModelError`` for a module without trainable parameters.
     """
 
     def __init__(self, module: nn.Module, settings: TrainSettings, total_steps: int) -> None:
         self.settings, self.total_steps = settings, total_steps
-        self.names, trainable = zip(*((n, p) for n, p in module.named_parameters() if p.requires_grad), strict=True)
-        self.masters = MasterWeights(list(trainable))
+        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise ModelError("every parameter is frozen", way_out="model.requires_grad_(True), or --lora-rank")
+        self.names = tuple(trainable)
+        self.masters = MasterWeights(trainable.values())
         self.optimizer = build_optimizer(self.masters.parameters, settings)
 
     def step(self, step: int) -> tuple[float, float]:
@@ -74,6 +79,10 @@ class Stepper:
         """Forget the accumulated gradients: the loss was not finite. Returns what ``step`` would, without numbers."""
         self.optimizer.zero_grad(set_to_none=True)
         return math.nan, math.nan
+
+    def close(self) -> None:
+        """Let go of the module: a later run on the same object gets its gradients itself."""
+        self.masters.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next update depends on: parameters (in float32) and the optimiser's moments."""
