@@ -193,12 +193,14 @@ def right_answers(model_folder: Path, held_out: list[Problem]) -> str:
     """Share of held-out sums that the model gets right, greedily, with its 95 % interval."""
     import numpy as np
 
+    from trueup.data.chat import stop_token_ids
     from trueup.models.load import load_model
     from trueup.trainers.samples import greedy_completions
 
     loaded = load_model(model_folder, device="cpu")
     prompts = [np.array(loaded.tokenizer(p.prompt, add_special_tokens=False).input_ids) for p in held_out]
-    written = greedy_completions(loaded.model, loaded.tokenizer, prompts, max_new_tokens=4, batch_size=512)
+    stop_tokens = stop_token_ids(loaded.tokenizer)
+    written = greedy_completions(loaded.model, prompts, stop_tokens=stop_tokens, max_new_tokens=4, batch_size=512)
     answers = [str(loaded.tokenizer.decode(tokens)).strip() for tokens in written]
     right = [answer == problem.right for answer, problem in zip(answers, held_out, strict=True)]
     return interval(np.array(right, dtype=float))

@@ -91,7 +91,7 @@ class PaddedRows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TreeBatch:
-    """N groups with C completions in all, as one stream of T tokens, S of them to be scored: those that the model wrote.
+    """N groups with C completions in all, as one stream of T tokens; the S that the model wrote are to be scored.
 
     ``tokens``, ``positions``: int64 [T]; a completion's positions start at its prompt's length.
     ``scored``: int64 [S], the stream index of the hidden state that predicts each scored token: the prompt's last token

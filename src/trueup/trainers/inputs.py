@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any, Literal, TypeGuard
 
-from trueup.data.chat import TokenizeSettings, tokenize_group
+from trueup.data.chat import TokenizeSettings, stop_token_ids, tokenize_group
 from trueup.data.collate import batches, num_steps, split_holdout
 from trueup.data.formats import ReadReport, read_examples
 from trueup.errors import DataError, SettingsError
@@ -27,6 +27,8 @@ class Inputs:
     held_out: list[CompletionGroup]
     sampled: list[CompletionGroup]
     """The groups whose prompts are answered at every evaluation."""
+    stop_tokens: list[int]
+    """Where an answer ends."""
 
 
 def load_inputs(
@@ -48,17 +50,19 @@ def load_inputs(
     if not _is_given(source):
         raise SettingsError("no training data is given", where="--data", way_out="--data FILE.jsonl")
 
+    how = TokenizeSettings(
+        max_length=settings.max_length,
+        max_prompt_length=settings.max_prompt_length,
+        overlong_prompt=settings.overlong_prompt,
+        chat_template=settings.chat_template,
+        train_turns=settings.train_turns,
+    )
+    stop_tokens = stop_token_ids(tokenizer, how)
+
     def read(source: Any, report: ReadReport, limit: int | None = None) -> Iterator[RankedCompletions]:
         return islice(read_examples(source, task=task, data_format=settings.data_format, report=report), limit)
 
     def tokenize(examples: Iterable[RankedCompletions], report: ReadReport) -> Iterator[CompletionGroup]:
-        how = TokenizeSettings(
-            max_length=settings.max_length,
-            max_prompt_length=settings.max_prompt_length,
-            overlong_prompt=settings.overlong_prompt,
-            chat_template=settings.chat_template,
-            train_turns=settings.train_turns,
-        )
         groups = (tokenize_group(tokenizer, example, how, report) for example in examples)
         return (group for group in groups if group is not None)
 
@@ -84,6 +88,7 @@ def load_inputs(
             steps=lambda start: _stream_steps(stream, settings, start),
             held_out=held_out,
             sampled=held_out[: settings.num_samples],
+            stop_tokens=stop_tokens,
         )
 
     if _is_tokenized(source):
@@ -102,6 +107,7 @@ def load_inputs(
         steps=lambda start: _shuffled_steps(groups, settings, start),
         held_out=held_out,
         sampled=(held_out or groups)[: settings.num_samples],
+        stop_tokens=stop_tokens,
     )
 
 

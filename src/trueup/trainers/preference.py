@@ -126,7 +126,7 @@ def train_preference(
         scorer,
         loss=loss,
         save_model=lambda folder: save_trained(policy, tokenizer, folder),
-        write_samples=lambda step: write_samples(session, policy, tokenizer, inputs.sampled, step),
+        write_samples=lambda step: write_samples(session, policy, tokenizer, inputs, step),
         accuracy="rewards/accuracies",
     )
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 import torch
 
-from trueup.records import CompletionGroup
+from trueup.trainers.inputs import Inputs
 from trueup.trainers.session import Session
 
 
 @torch.no_grad()
 def greedy_completions(
-    model: Any, tokenizer: Any, prompts: Sequence[np.ndarray], *, max_new_tokens: int, batch_size: int = 64
+    model: Any, prompts: Sequence[np.ndarray], *, stop_tokens: Sequence[int], max_new_tokens: int, batch_size: int = 64
 ) -> list[list[int]]:
-    """The most likely next tokens, one by one, after each prompt; the end token is left off.
+    """The most likely next tokens, one by one, after each prompt, up to the first stop token, which is left off.
 
     Prompts of one length run together, so that nothing is padded. Greedy, so that no random stream of training is drawn
     from.
@@ -40,20 +41,21 @@ def greedy_completions(
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.eos_token_id,
+                eos_token_id=list(stop_tokens),
+                pad_token_id=stop_tokens[0],
             )[:, length:]
             for index, row in zip(batch, written.tolist(), strict=True):
-                end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
-                completions[index] = row[:end]
+                completions[index] = list(takewhile(lambda token: token not in stop_tokens, row))
     model.train(training)
     return [completions[index] for index in range(len(prompts))]
 
 
-def write_samples(session: Session, model: Any, tokenizer: Any, groups: Sequence[CompletionGroup], step: int) -> None:
-    """Append a greedy completion of each group's prompt to ``samples.jsonl``, as text."""
-    prompts = [group.prompt for group in groups]
-    written = greedy_completions(model, tokenizer, prompts, max_new_tokens=session.settings.sample_tokens)
+def write_samples(session: Session, model: Any, tokenizer: Any, inputs: Inputs, step: int) -> None:
+    """Append a greedy completion of each sampled prompt to ``samples.jsonl``, as text."""
+    prompts = [group.prompt for group in inputs.sampled]
+    written = greedy_completions(
+        model, prompts, stop_tokens=inputs.stop_tokens, max_new_tokens=session.settings.sample_tokens
+    )
     session.folder.log_samples(
         [
             {"prompt": tokenizer.decode(prompt.tolist()), "completion": tokenizer.decode(tokens)}

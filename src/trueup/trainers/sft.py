@@ -48,5 +48,5 @@ def train_sft(
         scorer,
         loss=loss,
         save_model=lambda folder: save_trained(policy, tokenizer, folder),
-        write_samples=lambda step: write_samples(session, policy, tokenizer, inputs.sampled, step),
+        write_samples=lambda step: write_samples(session, policy, tokenizer, inputs, step),
     )
