@@ -117,6 +117,27 @@ def check_range(
         raise SettingsError(f"is {value}, but must be {' and '.join(broken)}", where=flag_name(name))
 
 
+def check_choices(settings: Any) -> None:
+    """Raise ``SettingsError`` for a field of ``Literal`` type that has none of its values. The command line checks this
+    itself; Python doesn't."""
+    for name, annotation in typing.get_type_hints(type(settings)).items():
+        choices = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
+        if choices and getattr(settings, name) not in choices:
+            raise SettingsError(
+                f"is {getattr(settings, name)!r}, but must be one of {', '.join(map(str, choices))}",
+                where=flag_name(name),
+            )
+
+
+def check_used(settings: Any, used: bool, needs: str, *names: str) -> None:
+    """Raise ``SettingsError`` for a field that was set (its value is not the class's default) and has no effect:
+    without ``used``, which ``needs`` says how to get."""
+    defaults = {field.name: field.default for field in fields(settings)}
+    for name in names:
+        if not used and getattr(settings, name) != defaults[name]:
+            raise SettingsError(f"has no effect without {needs}", where=flag_name(name), way_out="leave it out")
+
+
 def flag_name(field_name: str) -> str:
     """``learning_rate`` → ``--learning-rate``."""
     return "--" + field_name.replace("_", "-")

@@ -35,7 +35,7 @@ from trueup.trainers.inputs import load_inputs
 from trueup.trainers.ranked import ordered_pairs, outcomes, ranked_mask, ranked_rows
 from trueup.trainers.samples import write_samples
 from trueup.trainers.session import RunResult, open_session
-from trueup.trainers.settings import PreferenceSettings, SFTSettings, TrainSettings
+from trueup.trainers.settings import REFERENCE_FREE, PreferenceSettings, SFTSettings, TrainSettings
 from trueup.trainers.sft import train_sft
 from trueup.trainers.tally import Totals
 from trueup.trainers.trained_model import load_trained, save_trained
@@ -80,8 +80,6 @@ LOSSES: dict[str, Loss] = {
     "orpo": lambda x, s: objectives.orpo(*x.policy_pair, **x.pair_lengths, coef=s.orpo_coef),
     "plackett_luce": lambda x, s: objectives.plackett_luce_dpo(x.logprobs, x.ref_logprobs, beta=s.beta, mask=x.mask),
 }
-
-REFERENCE_FREE = {"simpo", "orpo"}
 
 
 def train_preference(

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from trueup.errors import SettingsError
-from trueup.runs.settings import check_range
+from trueup.runs.settings import check_choices, check_range, check_used
 
 PreferenceLoss = Literal[
     "dpo", "conservative_dpo", "robust_dpo", "ipo", "hinge", "rpo", "simpo", "orpo", "plackett_luce"
 ]
+
+REFERENCE_FREE = ("simpo", "orpo")
+"""Losses that know no reference."""
+
+LOSS_SETTINGS = {
+    "label_smoothing": ("conservative_dpo", "robust_dpo"),
+    "alpha": ("rpo",),
+    "simpo_margin": ("simpo",),
+    "orpo_coef": ("orpo",),
+}
+"""Settings that only some losses read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +112,13 @@ class TrainSettings:
     """Show no progress."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("max_length", "max_prompt_length", "num_epochs", "max_steps", "batch_size", "tokens_per_batch"):
             check_range(self, name, at_least=1)
         for name in ("limit", "eval_every", "save_every", "keep_checkpoints", "max_skipped_steps", "sample_tokens"):
             check_range(self, name, at_least=1)
-        for name in ("learning_rate", "max_grad_norm", "lora_alpha"):
+        check_range(self, "learning_rate", above=0, below=math.inf)
+        for name in ("max_grad_norm", "lora_alpha"):
             check_range(self, name, above=0)
         for name in ("weight_decay", "warmup_steps", "lora_rank", "num_samples", "seed"):
             check_range(self, name, at_least=0)
@@ -116,6 +130,8 @@ class TrainSettings:
             raise SettingsError("can't be cut from a stream", where="--holdout", way_out="give --eval-data")
         if self.eval_data and self.holdout:
             raise SettingsError("--eval-data is given already", where="--holdout", way_out="leave one of the two out")
+        check_used(self, self.lora_rank > 0, "--lora-rank", "lora_alpha", "lora_dropout")
+        check_used(self, not self.streaming, "an end of the data: a stream goes by --max-steps", "num_epochs")
 
 
 MAY_CHANGE = ("resume", "quiet", "output", "keep_checkpoints", "save_every", "tokens_per_batch")
@@ -183,7 +199,7 @@ class PreferenceSettings(TrainSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("beta", "fit_learning_rate"):
-            check_range(self, name, above=0)
+            check_range(self, name, above=0, below=math.inf)
         for name in ("alpha", "simpo_margin", "orpo_coef"):
             check_range(self, name, at_least=0)
         check_range(self, "fit_epochs", at_least=1)
@@ -192,3 +208,7 @@ class PreferenceSettings(TrainSettings):
             raise SettingsError(
                 "--reference is given already", where="--fit-reference", way_out="leave one of the two out"
             )
+        check_used(self, self.fit_reference, "--fit-reference", "fit_epochs", "fit_learning_rate")
+        check_used(self, self.loss not in REFERENCE_FREE, "a --loss that compares with one", "reference")
+        for name, losses in LOSS_SETTINGS.items():
+            check_used(self, self.loss in losses, f"--loss {' or '.join(losses)}", name)
