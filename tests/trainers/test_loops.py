@@ -7,15 +7,19 @@ import json
 import math
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from trueup import dpo, preference, reward, sft
-from trueup.errors import CheckpointError, DataError, NonFiniteError, SettingsError
-from trueup.models.load import load_model
+from trueup.data.chat import TokenizeSettings, load_groups
+from trueup.errors import CheckpointError, DataError, ModelError, NonFiniteError, SettingsError
+from trueup.models.load import load_model, load_tokenizer
+from trueup.models.scratch import make_model
+from trueup.records import Completion, CompletionGroup
 from trueup.runs.folder import read_metrics
 from trueup.trainers.preference import LOSSES
 from trueup.trainers.session import Session
@@ -170,6 +174,70 @@ def test_ranked_lists_need_plackett_luce(tiny_model: str, output: str):
     assert result.metrics["eval_rewards/accuracies"] > 0.9
     result = train("reward", tiny_model, rows, output + "-rm", eval_data=rows, num_epochs=40)
     assert result.metrics["eval_accuracy"] > 0.9
+
+
+def test_a_ranked_list_is_refused_before_anything_is_trained(tiny_model: str, pairs: list, output: str):
+    rows = [{"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"]]} for row in pairs]
+    with pytest.raises(SettingsError, match="more than two completions"):
+        train("preference", tiny_model, [*rows, {"prompt": "1+1=", "completions": ["2", "3", "4"]}], output)
+    assert not (Path(output) / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("loop", ["reward", "preference"])
+def test_groups_that_hold_nothing_to_learn_are_refused(loop: str, tiny_model: str, output: str):
+    tokens = np.array([4, 5])
+    alone = CompletionGroup(prompt=tokens, completions=(Completion(tokens=tokens),))
+    with pytest.raises(DataError, match="two completions"):
+        train(loop, tiny_model, [alone], output)
+    masked = Completion(tokens=tokens, mask=np.zeros(2, dtype=bool))
+    with pytest.raises(DataError, match="no token to train on"):
+        train(loop, tiny_model, [dataclasses.replace(alone, completions=(masked, masked))], output)
+
+
+def test_fit_reference_fits_the_better_side_of_groups_and_of_an_iterator(tiny_model: str, pairs: list, tmp_path: Path):
+    tokenizer: Any = load_tokenizer(tiny_model)
+    groups, _ = load_groups(pairs, tokenizer, task="preference", settings=TokenizeSettings())
+    for name, data in (("rows", pairs), ("groups", groups), ("iterator", iter(pairs))):
+        train("preference", tiny_model, data, str(tmp_path / name), fit_reference=True, num_samples=0)
+        assert metrics(tmp_path / name) == metrics(tmp_path / "rows")
+
+
+def test_rewards_without_a_reference_are_means_over_tokens(tiny_model: str, output: str):
+    """A sum would call the shorter answer the better one."""
+    rows = [{"prompt": "1+1=", "chosen": "2" * 9, "rejected": "3"}] * 8
+    result = train("preference", tiny_model, rows, output, loss="simpo", beta=2.0, num_epochs=20, eval_data=rows)
+    assert result.metrics["eval_rewards/accuracies"] == 1.0
+    assert result.metrics["eval_rewards/chosen"] == pytest.approx(2.0 * result.metrics["eval_logps/chosen"] / 10)
+
+
+def test_the_reference_must_read_the_same_tokens(tiny_model: str, pairs: list, tmp_path: Path):
+    other = make_model(tmp_path / "other", characters="=+9876543210", hidden_size=16, num_heads=2, seed=3)
+    with pytest.raises(ModelError, match="not those of the policy"):
+        train("preference", tiny_model, pairs, str(tmp_path / "run"), reference=str(other))
+
+
+def test_a_sequence_longer_than_the_context_is_cut(pairs: list, tmp_path: Path, capsys):
+    family: Any = {"family": "gpt2", "hidden_size": 16, "num_heads": 2, "num_layers": 1}
+    short = make_model(tmp_path / "short", characters="0123456789+=", max_length=16, **family)
+    rows = [{"prompt": "1+1=", "completion": "2" * 20}, {"prompt": "1" * 16, "completion": "2"}] * 4
+    train("sft", str(short), rows, str(tmp_path / "run"), sample_tokens=50, quiet=False)
+    told = capsys.readouterr().out
+    assert "the model reads 16 tokens" in told
+    assert "prompt longer than 15 tokens" in told
+
+
+@pytest.mark.parametrize("name", ["data", "eval_data"])
+def test_holdout_is_not_ignored(name: str, tiny_model: str, pairs: list, output: str):
+    groups, _ = load_groups(
+        pairs, cast(Any, load_tokenizer(tiny_model)), task="preference", settings=TokenizeSettings()
+    )
+    with pytest.raises(SettingsError, match="--holdout"):
+        preference(**{"model": tiny_model, "data": pairs, "output": output, "holdout": 0.2, name: groups})
+
+
+def test_a_stream_keeps_to_its_limit(tiny_model: str, pairs: list, output: str):
+    result = train("sft", tiny_model, pairs, output, streaming=True, limit=4, max_steps=2, num_epochs=1)
+    assert result.metrics["epoch"] == 3.0  # 16 rows, 4 at a time
 
 
 def test_a_loss_that_is_not_finite_is_skipped_counted_and_kept(tiny_model: str, pairs: list, output: str):

@@ -522,6 +522,9 @@ def _fitted(
     if len({completion.tokens.tobytes() for completion in completions}) < len(completions):
         report.drop("identical sides within the length limit", example.where)
         return None
+    if not all(completion.completion_mask.any() for completion in completions):
+        report.drop("no trained token within the length limit", example.where)
+        return None
     report.num_completions_cut += num_cut
     report.num_prompts_cut += len(kept) < len(prompt)
     return CompletionGroup(

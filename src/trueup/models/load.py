@@ -255,6 +255,11 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return embedding.weight.shape[0]
 
 
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens that the model is made to read at once; None where its config sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
     """Raises ``ModelError`` if the tokenizer can write a token that the model has no row for."""
     rows = embedding_rows(model)

@@ -75,6 +75,10 @@ def fit(
     evaluated: dict[str, float] = {}
     trained: dict[str, float] = {}
     scorer.train()
+    if settings.warmup_steps >= inputs.num_steps:
+        session.say(
+            f"all {inputs.num_steps} steps are warm-up: the peak learning rate comes after step {settings.warmup_steps}"
+        )
     with closing(stepper), session.running(start, inputs.num_steps) as progress:
         if start == 0:
             evaluated = evaluate(0)

@@ -39,10 +39,13 @@ def load_inputs(
     say: Callable[[str], None],
     data: Any = None,
     eval_data: Any = None,
+    check: Callable[[CompletionGroup], None] = lambda group: None,
+    context_length: int | None = None,
 ) -> Inputs:
     """Read, split, tokenise. What was read, dropped and cut is told in one line each for training and held-out data.
 
     ``data`` and ``eval_data``: rows, a ``datasets`` object or ``CompletionGroup`` objects, in place of the settings'.
+    ``check`` raises for a group that the loop can't use. ``context_length``: most tokens that the model can read.
     Raises ``SettingsError`` without data, ``DataError`` for what can't be read and where no row is left.
     """
     source = data if data is not None else settings.data
@@ -50,12 +53,22 @@ def load_inputs(
     if not _is_given(source):
         raise SettingsError("no training data is given", where="--data", way_out="--data FILE.jsonl")
 
+    if settings.holdout and (is_tokenized(source) or _is_given(held_out_source)):
+        raise SettingsError("is for rows, without eval_data", where="--holdout", way_out="give eval_data alone")
+    if settings.streaming and isinstance(source, Iterator):
+        raise SettingsError("needs data that can be read again: a resumed run skips what it has seen", where="data")
+    max_length = min(settings.max_length, context_length or settings.max_length)
+    if max_length < settings.max_length:
+        say(f"the model reads {max_length:,} tokens: that is the limit, not --max-length {settings.max_length:,}")
     how = TokenizeSettings(
-        max_length=settings.max_length,
+        max_length=max_length,
         max_prompt_length=settings.max_prompt_length,
         overlong_prompt=settings.overlong_prompt,
+        overlong_completion=settings.overlong_completion,
         chat_template=settings.chat_template,
         train_turns=settings.train_turns,
+        wrap_text=settings.wrap_text,
+        special_tokens_in_text=settings.special_tokens_in_text,
     )
     stop_tokens = stop_token_ids(tokenizer, how)
 
@@ -64,13 +77,20 @@ def load_inputs(
 
     def tokenize(examples: Iterable[RankedCompletions], report: ReadReport) -> Iterator[CompletionGroup]:
         groups = (tokenize_group(tokenizer, example, how, report) for example in examples)
-        return (group for group in groups if group is not None)
+        return checked(group for group in groups if group is not None)
+
+    def checked(groups: Iterable[CompletionGroup]) -> Iterator[CompletionGroup]:
+        for group in groups:
+            if not all(completion.completion_mask.any() for completion in group.completions):
+                raise DataError("a completion has no token to train on", where=group.where or None)
+            check(group)
+            yield group
 
     def held_out_groups() -> list[CompletionGroup]:
         if not _is_given(held_out_source):
             return []
-        if _is_tokenized(held_out_source):
-            return list(held_out_source)
+        if is_tokenized(held_out_source):
+            return list(checked(held_out_source))
         report = ReadReport()
         groups = list(tokenize(read(held_out_source, report), report))
         say(f"held-out data: {report.summary()}")
@@ -79,7 +99,9 @@ def load_inputs(
     if settings.streaming:
 
         def stream() -> Iterator[CompletionGroup]:
-            return iter(source) if _is_tokenized(source) else tokenize(read(source, report), report)
+            if is_tokenized(source):
+                return checked(source[: settings.limit])
+            return tokenize(read(source, report, settings.limit), report)
 
         report = ReadReport()
         held_out = held_out_groups()
@@ -91,8 +113,8 @@ def load_inputs(
             stop_tokens=stop_tokens,
         )
 
-    if _is_tokenized(source):
-        groups, held_out = list(source)[: settings.limit], held_out_groups()
+    if is_tokenized(source):
+        groups, held_out = list(checked(source[: settings.limit])), held_out_groups()
     else:
         report = ReadReport()
         examples, held_out_examples = split_holdout(list(read(source, report, settings.limit)), settings.holdout)
@@ -148,8 +170,9 @@ def _is_given(source: Any) -> bool:
     return source is not None and not (isinstance(source, tuple | list) and not source)
 
 
-def _is_tokenized(source: Any) -> TypeGuard[Sequence[CompletionGroup]]:
-    return isinstance(source, Sequence) and not isinstance(source, str) and isinstance(source[0], CompletionGroup)
+def is_tokenized(source: Any) -> TypeGuard[Sequence[CompletionGroup]]:
+    """Whether a source is groups already, not rows or names of files."""
+    return isinstance(source, tuple | list) and len(source) > 0 and isinstance(source[0], CompletionGroup)
 
 
 def _name(source: Any) -> str | None:

@@ -14,25 +14,26 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from trueup.errors import SettingsError
+from trueup.errors import ModelError, SettingsError
 from trueup.models.adapters import reference_mode
-from trueup.models.load import load_model
+from trueup.models.load import context_length, load_model
 from trueup.models.scorer import Scorer, prepare_scorer
 from trueup.models.tree import TreeBatch
 from trueup.objectives import preference as objectives
 from trueup.objectives.logprobs import sequence_logprobs
 from trueup.records import CompletionGroup
 from trueup.trainers.fit import fit
-from trueup.trainers.inputs import load_inputs
-from trueup.trainers.ranked import ordered_pairs, outcomes, ranked_mask, ranked_rows
+from trueup.trainers.inputs import is_tokenized, load_inputs
+from trueup.trainers.ranked import check_ranked, ordered_pairs, outcomes, ranked_mask, ranked_rows
 from trueup.trainers.samples import write_samples
 from trueup.trainers.session import RunResult, open_session
 from trueup.trainers.settings import REFERENCE_FREE, PreferenceSettings, SFTSettings, TrainSettings
@@ -92,11 +93,22 @@ def train_preference(
     """
     session = open_session("preference", settings)
     if settings.fit_reference:
+        # Both fits read the data.
+        data, eval_data = (list(each) if isinstance(each, Iterator) else each for each in (data, eval_data))
         model, tokenizer = fit_reference(settings, model, tokenizer, data, eval_data)
     policy, tokenizer = load_trained(settings, model, tokenizer)
-    inputs = load_inputs(settings, tokenizer, task="preference", data=data, eval_data=eval_data, say=session.say)
+    inputs = load_inputs(
+        settings,
+        tokenizer,
+        task="preference",
+        data=data,
+        eval_data=eval_data,
+        say=session.say,
+        check=check_ranked if settings.loss == "plackett_luce" else check_pair,
+        context_length=context_length(policy),
+    )
     scorer = prepare_scorer(policy)
-    reference = reference_logprobs(settings, policy, scorer)
+    reference = reference_logprobs(settings, policy, scorer, tokenizer)
 
     def loss(groups: Sequence[CompletionGroup], batch: TreeBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
         def by_prompt(logprobs: Tensor) -> Tensor:
@@ -108,15 +120,8 @@ def train_preference(
             lengths=ranked_rows(batch.row_mask.sum(-1), groups),
             mask=ranked_mask(groups, batch.tokens.device),
         )
-        if settings.loss != "plackett_luce" and compared.mask.shape[1] > 2:
-            where = next(group.where for group in groups if len(group.completions) > 2)
-            raise SettingsError(
-                f"loss {settings.loss} compares pairs, and this row ranks more than two completions",
-                where=where,
-                way_out="--loss plackett_luce takes ranked lists",
-            )
         losses = LOSSES[settings.loss](compared, settings)
-        return losses.sum() / totals.groups, preference_metrics(compared, settings.beta)
+        return losses.sum() / totals.groups, preference_metrics(compared, settings)
 
     return fit(
         session,
@@ -129,9 +134,24 @@ def train_preference(
     )
 
 
-def preference_metrics(compared: Compared, beta: float) -> dict[str, Tensor]:
-    """TRL's names: implicit rewards of the better and the worse completion of every pair, and how they compare."""
-    rewards = objectives.implicit_rewards(compared.logprobs, compared.ref_logprobs, beta=beta)
+def check_pair(group: CompletionGroup) -> None:
+    """Raise ``TrueupError`` for a group that is no pair."""
+    check_ranked(group)
+    if len(group.completions) > 2:
+        raise SettingsError(
+            "this loss compares pairs, and this row ranks more than two completions",
+            where=group.where or "--loss",
+            way_out="--loss plackett_luce takes ranked lists",
+        )
+
+
+def preference_metrics(compared: Compared, settings: PreferenceSettings) -> dict[str, Tensor]:
+    """TRL's names: implicit rewards of the better and the worse completion of every pair, and how they compare.
+
+    The reward of a loss without reference is β times the *mean* log-prob of a token, which is what it compares.
+    """
+    per_token = compared.lengths.clamp(min=1) if settings.loss in REFERENCE_FREE else 1
+    rewards = objectives.implicit_rewards(compared.logprobs / per_token, compared.ref_logprobs, beta=settings.beta)
     chosen, rejected = ordered_pairs(rewards, compared.mask)
     chosen_logps, rejected_logps = ordered_pairs(compared.logprobs, compared.mask)
     chosen_lengths, rejected_lengths = ordered_pairs(compared.lengths, compared.mask)
@@ -147,9 +167,12 @@ def preference_metrics(compared: Compared, beta: float) -> dict[str, Tensor]:
 
 
 def reference_logprobs(
-    settings: PreferenceSettings, policy: nn.Module, scorer: Scorer
+    settings: PreferenceSettings, policy: nn.Module, scorer: Scorer, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[TreeBatch], Tensor]:
-    """How log π_ref is found: not at all, from a model of its own, with the adapter off, or from a frozen copy."""
+    """How log π_ref is found: not at all, from a model of its own, with the adapter off, or from a frozen copy.
+
+    Raises ``ModelError`` for a reference that reads the tokens otherwise than the policy.
+    """
     if settings.loss in REFERENCE_FREE:
         return lambda batch: torch.zeros_like(batch.targets, dtype=torch.float32)
     if settings.reference is None and settings.lora_rank > 0:
@@ -163,6 +186,12 @@ def reference_logprobs(
         frozen = copy.deepcopy(scorer)
     else:
         loaded = load_model(settings.reference, dtype=settings.dtype, device=settings.device)
+        if loaded.tokenizer.get_vocab().items() ^ tokenizer.get_vocab().items():
+            raise ModelError(
+                "its tokens are not those of the policy, so the same numbers mean other texts",
+                where=settings.reference,
+                way_out="take a reference with the policy's tokenizer",
+            )
         frozen = prepare_scorer(loaded.model)
     frozen.requires_grad_(False).eval()
 
@@ -181,6 +210,10 @@ def fit_reference(
     Needed where the policy that sampled the pairs is unknown: it brings the reference close to the data. Its run lies
     in the folder ``reference`` of this run; a resumed run takes it from there.
     """
+    if is_tokenized(data):
+        data = [dataclasses.replace(group, completions=group.completions[:1], margin=None) for group in data]
+    if is_tokenized(eval_data):
+        eval_data = [dataclasses.replace(group, completions=group.completions[:1], margin=None) for group in eval_data]
     shared = {field.name: getattr(settings, field.name) for field in dataclasses.fields(TrainSettings)}
     changed = {
         "output": str(Path(settings.output) / "reference"),

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from trueup.errors import DataError
 from trueup.records import CompletionGroup
+
+
+def check_ranked(group: CompletionGroup) -> None:
+    """Raise ``DataError`` for a group without two completions to compare."""
+    if len(group.completions) < 2:
+        raise DataError("a preference needs two completions", where=group.where or None)
 
 
 def ranked_rows(values: Tensor, groups: Sequence[CompletionGroup]) -> Tensor:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from trueup.models.heads import load_reward_model
+from trueup.models.load import context_length
 from trueup.models.scorer import prepare_reward_scorer
 from trueup.models.tree import TreeBatch
 from trueup.objectives.preference import reward_model_loss
 from trueup.records import CompletionGroup
 from trueup.trainers.fit import fit
 from trueup.trainers.inputs import load_inputs
-from trueup.trainers.ranked import ordered_pairs, outcomes, ranked_mask, ranked_rows
+from trueup.trainers.ranked import check_ranked, ordered_pairs, outcomes, ranked_mask, ranked_rows
 from trueup.trainers.session import RunResult, open_session
 from trueup.trainers.settings import RewardSettings
 from trueup.trainers.tally import Totals
@@ -40,7 +41,16 @@ def train_reward(
     reward_model, tokenizer = load_trained(
         settings, model, tokenizer, load=partial(load_reward_model, seed=settings.seed)
     )
-    inputs = load_inputs(settings, tokenizer, task="preference", data=data, eval_data=eval_data, say=session.say)
+    inputs = load_inputs(
+        settings,
+        tokenizer,
+        task="preference",
+        data=data,
+        eval_data=eval_data,
+        say=session.say,
+        check=check_ranked,
+        context_length=context_length(reward_model),
+    )
     scorer = prepare_reward_scorer(reward_model)
 
     def loss(groups: Sequence[CompletionGroup], batch: TreeBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:

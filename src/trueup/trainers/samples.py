@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import takewhile
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trueup.models.load import context_length
 from trueup.trainers.inputs import Inputs
 from trueup.trainers.session import Session
 
@@ -20,8 +22,8 @@ def greedy_completions(
 ) -> list[list[int]]:
     """The most likely next tokens, one by one, after each prompt, up to the first stop token, which is left off.
 
-    Prompts of one length run together, so that nothing is padded. Greedy, so that no random stream of training is drawn
-    from.
+    Where the model's context ends, so does the answer. Prompts of one length run together, so that nothing is padded.
+    Greedy, so that no random stream of training is drawn from.
     """
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
@@ -30,13 +32,17 @@ def greedy_completions(
     model.eval()
     completions: dict[int, list[int]] = {}
     for length, indices in by_length.items():
+        room = (context_length(model) or sys.maxsize) - length
+        if room <= 0:
+            completions |= {index: [] for index in indices}
+            continue
         for start in range(0, len(indices), batch_size):
             batch = indices[start : start + batch_size]
             tokens = torch.as_tensor(np.stack([prompts[index] for index in batch]), device=model.device)
             written = model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=min(max_new_tokens, room),
                 do_sample=False,
                 temperature=None,
                 top_p=None,

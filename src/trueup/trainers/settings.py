@@ -52,11 +52,17 @@ class TrainSettings:
     """Most tokens in a prompt; by default only --max-length counts."""
     overlong_prompt: Literal["drop", "keep_end"] = "drop"
     """What to do with a prompt that is too long: drop its row, or keep the prompt's end. Both are counted."""
+    overlong_completion: Literal["cut", "drop"] = "cut"
+    """What to do with a completion that is too long: cut it, or drop its row. Both are counted."""
 
     chat_template: str | None = None
     """Chat template in place of the tokenizer's own: plain (Human: / Assistant:), a Jinja template, or its file."""
     train_turns: Literal["all", "last"] = "all"
-    """Which of the assistant's turns are trained where a row holds several: all, or the last one."""
+    """Which of the assistant's turns are trained where a demonstration holds several: all, or the last one."""
+    wrap_text: bool = False
+    """Put plain prompts and completions into chat turns, so that the chat template applies."""
+    special_tokens_in_text: Literal["plain", "token"] = "plain"
+    """What '<|im_end|>' and the like are inside data: plain text, or the token itself (for data you trust)."""
 
     num_epochs: int = 1
     """Passes over the data."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trueup.models.load import context_length
 from trueup.models.scorer import prepare_scorer
 from trueup.models.tree import TreeBatch
 from trueup.objectives.reduce import token_mean
@@ -35,7 +36,15 @@ def train_sft(
     """
     session = open_session("sft", settings)
     policy, tokenizer = load_trained(settings, model, tokenizer, dropout=True)
-    inputs = load_inputs(settings, tokenizer, task="sft", data=data, eval_data=eval_data, say=session.say)
+    inputs = load_inputs(
+        settings,
+        tokenizer,
+        task="sft",
+        data=data,
+        eval_data=eval_data,
+        say=session.say,
+        context_length=context_length(policy),
+    )
     scorer = prepare_scorer(policy)
 
     def loss(groups: Sequence[CompletionGroup], batch: TreeBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
