@@ -332,6 +332,12 @@ def test_a_tokenizer_beside_a_named_model_is_not_ignored(tiny_model: str, pairs:
         sft(model=tiny_model, tokenizer=load_tokenizer(tiny_model), data=pairs, output=output)
 
 
+def test_a_template_of_no_use_does_not_bar_plain_text(tiny_model: str, pairs: list, output: str):
+    loaded = load_model(tiny_model)
+    loaded.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    sft(model=loaded.model, tokenizer=loaded.tokenizer, data=pairs, output=output, quiet=True, sample_tokens=2)
+
+
 def test_settings_are_frozen():
     for settings in (SFTSettings(), RewardSettings(), PreferenceSettings()):
         with pytest.raises(dataclasses.FrozenInstanceError):

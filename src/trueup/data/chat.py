@@ -7,6 +7,7 @@ token. Text inside a message can't become a control token: only the template wri
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -410,7 +411,9 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSetting
     settings = settings or TokenizeSettings()
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template or settings.chat_template:
-        found.append(tokenizer.convert_tokens_to_ids(_chat(tokenizer, settings).end_text))
+        # With a template that is of no use the data can only be plain text: tokenising a conversation raises.
+        with contextlib.suppress(ModelError):
+            found.append(tokenizer.convert_tokens_to_ids(_chat(tokenizer, settings).end_text))
     return list(dict.fromkeys(found))  # type: ignore[arg-type]
 
 
