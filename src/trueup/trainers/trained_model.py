@@ -34,8 +34,9 @@ def load_trained(
         raise SettingsError("a model object needs its tokenizer beside it", where="tokenizer")
     if model is None and tokenizer is not None:
         raise SettingsError("a model given by name brings its own", where="tokenizer", way_out="give both as objects")
-    given = model is not None and tokenizer is not None
-    source = LoadedModel(model, tokenizer, type(model).__name__) if given else settings.model
+    source: Any = settings.model
+    if model is not None and tokenizer is not None:
+        source = LoadedModel(model, tokenizer, type(model).__name__)
     loaded = load(source, dtype=settings.dtype, device=settings.device)
     model, tokenizer = loaded.model, loaded.tokenizer
     if not dropout:
