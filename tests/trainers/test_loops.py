@@ -342,3 +342,17 @@ def test_settings_are_frozen():
     for settings in (SFTSettings(), RewardSettings(), PreferenceSettings()):
         with pytest.raises(dataclasses.FrozenInstanceError):
             settings.seed = 1
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tiny_model: str, pairs: list, output: str):
+    with pytest.raises(NonFiniteError, match="not finite numbers any more"):
+        overflow = {"learning_rate": 1e30, "weight_decay": 1e30, "optimizer": "sgd"}
+        train("sft", tiny_model, pairs, output, max_steps=1, num_samples=0, **overflow)
+    assert not list(Path(output).glob("checkpoints/step-*"))
+
+
+def test_a_run_of_another_kind_is_not_resumed(tiny_model: str, pairs: list, output: str):
+    train("reward", tiny_model, pairs, output, num_epochs=1)
+    (Path(output) / "config.yaml").write_text("")
+    with pytest.raises(CheckpointError, match="a run of 'reward', not of 'sft'"):
+        train("sft", tiny_model, pairs, output, num_epochs=1, resume="auto")

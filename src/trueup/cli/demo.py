@@ -22,18 +22,18 @@ DIGITS_AND_SIGNS = "0123456789+="
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """A tiny model learns to add: badly from people who often forget to carry, well from comparisons of answers."""
+    """A tiny model learns to add: badly from people who often forget to carry, better from comparisons of answers."""
 
     output: str = ""
     """Folder of the demo; by default runs/demo-TIME."""
     seed: int = 0
     """Seed of everything random."""
-    sft_steps: int = 400
+    sft_steps: int = 600
     """Optimiser steps of supervised fine-tuning."""
-    reward_steps: int = 120
+    reward_steps: int = 150
     """Optimiser steps of the reward model."""
-    dpo_steps: int = 120
-    """Optimiser steps of DPO."""
+    dpo_steps: int = 150
+    """Optimiser steps of DPO, and of DPO with likelihood."""
     mistakes: float = 0.6
     """Share of the demonstrations with a carry in which it is forgotten."""
     quiet: bool = False
@@ -66,8 +66,12 @@ class Problem:
         return str(10 * (self.a // 10 + self.b // 10) + (self.a % 10 + self.b % 10) % 10)
 
     @property
-    def has_carry(self) -> bool:
-        return self.carry_forgotten != self.right
+    def wrong(self) -> str:
+        """The carry forgotten; where there is none, one carried all the same.
+
+        Mistakes go both ways: pairs in which the better sum is always the larger one would teach "more".
+        """
+        return self.carry_forgotten if self.carry_forgotten != self.right else str(self.a + self.b + 10)
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,12 @@ class Stage:
     """One line of the table."""
 
     name: str
-    answers: str
-    pairs: str
-    seconds: float
     folder: Path
+    answers: list[str] | None = None
+    """What the model writes after each held-out prompt; None for a model that writes nothing."""
+    pairs: tuple[float, float, float] | None = None
+    """Share of held-out pairs that it ranks right, with its interval."""
+    seconds: float = 0.0
 
 
 def demo(settings: DemoSettings) -> None:
@@ -99,16 +105,15 @@ def demo(settings: DemoSettings) -> None:
     )
     shared = {"seed": settings.seed, "quiet": settings.quiet, "max_length": 16, "tokens_per_batch": 16384}
     shared |= {"num_epochs": 1000, "num_samples": 8, "sample_tokens": 4}
-    stages = [Stage("untrained", right_answers(base, held_out), "", 0.0, base)]
+    stages = [Stage("untrained", base, written_answers(base, held_out))]
 
     def stage(name: str, verb: str, train: Callable[..., RunResult], stage_settings: TrainSettings) -> Path:
         console.print(f"\n[bold]{name}[/bold]\n  {command_line(verb, stage_settings)}", soft_wrap=True)
         began = time.perf_counter()
         result = train(stage_settings)
         seconds = time.perf_counter() - began
-        pairs = next((ranked(result.metrics, key) for key in PAIR_METRICS if f"eval_{key}" in result.metrics), "")
-        answers = "" if verb == "reward" else right_answers(result.model_folder, held_out)
-        stages.append(Stage(name, answers, pairs, seconds, result.folder))
+        answers = None if verb == "reward" else written_answers(result.model_folder, held_out)
+        stages.append(Stage(name, result.folder, answers, pair_accuracy(result.metrics), seconds))
         return result.model_folder
 
     sft_model = stage(
@@ -147,16 +152,28 @@ def demo(settings: DemoSettings) -> None:
         PreferenceSettings(
             **on_pairs,
             output=str(folder / "dpo"),
+            beta=3.0,
+            max_steps=settings.dpo_steps,
+            batch_size=128,
+            learning_rate=1e-5,
+            **shared,
+        ),
+    )
+    stage(
+        "DPO with likelihood",
+        "preference",
+        train_preference,
+        PreferenceSettings(
+            **on_pairs,
+            output=str(folder / "rpo"),
+            loss="rpo",
             max_steps=settings.dpo_steps,
             batch_size=128,
             learning_rate=3e-4,
             **shared,
         ),
     )
-    print_table(console, stages, len(held_out))
-
-
-PAIR_METRICS = ("accuracy", "rewards/accuracies")
+    print_table(console, stages, held_out, folder)
 
 
 def problems(seed: int) -> tuple[list[Problem], list[Problem]]:
@@ -167,7 +184,7 @@ def problems(seed: int) -> tuple[list[Problem], list[Problem]]:
 
 
 def write_data(folder: Path, train: list[Problem], held_out: list[Problem], settings: DemoSettings) -> dict[str, Path]:
-    """Demonstrations, in which carries are often forgotten, and pairs: the right sum against the one without carry."""
+    """Demonstrations, in which carries are often forgotten, and pairs: the right sum against a wrong carry."""
     draw = random.Random(settings.seed + 1)
 
     def demonstration(problem: Problem) -> dict[str, str]:
@@ -175,12 +192,12 @@ def write_data(folder: Path, train: list[Problem], held_out: list[Problem], sett
         return {"prompt": problem.prompt, "completion": problem.carry_forgotten if forgotten else problem.right}
 
     def pair(problem: Problem) -> dict[str, str]:
-        return {"prompt": problem.prompt, "chosen": problem.right, "rejected": problem.carry_forgotten}
+        return {"prompt": problem.prompt, "chosen": problem.right, "rejected": problem.wrong}
 
     rows = {
         "demonstrations": [demonstration(problem) for problem in train],
-        "pairs": [pair(problem) for problem in train if problem.has_carry],
-        "held_out_pairs": [pair(problem) for problem in held_out if problem.has_carry],
+        "pairs": [pair(problem) for problem in train],
+        "held_out_pairs": [pair(problem) for problem in held_out],
     }
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / f"{name}.jsonl" for name in rows}
@@ -189,8 +206,8 @@ def write_data(folder: Path, train: list[Problem], held_out: list[Problem], sett
     return files
 
 
-def right_answers(model_folder: Path, held_out: list[Problem]) -> str:
-    """Share of held-out sums that the model gets right, greedily, with its 95 % interval."""
+def written_answers(model_folder: Path, held_out: list[Problem]) -> list[str]:
+    """What the model writes, greedily, after each held-out prompt."""
     import numpy as np
 
     from trueup.data.chat import stop_token_ids
@@ -201,22 +218,15 @@ def right_answers(model_folder: Path, held_out: list[Problem]) -> str:
     prompts = [np.array(loaded.tokenizer(p.prompt, add_special_tokens=False).input_ids) for p in held_out]
     stop_tokens = stop_token_ids(loaded.tokenizer)
     written = greedy_completions(loaded.model, prompts, stop_tokens=stop_tokens, max_new_tokens=4, batch_size=512)
-    answers = [str(loaded.tokenizer.decode(tokens)).strip() for tokens in written]
-    right = [answer == problem.right for answer, problem in zip(answers, held_out, strict=True)]
-    return interval(np.array(right, dtype=float))
+    return [str(loaded.tokenizer.decode(tokens)).strip() for tokens in written]
 
 
-def interval(outcomes: Any) -> str:
-    """``93.2 % (90.6–95.1)``."""
-    from trueup.runs.statistics import accuracy_interval
-
-    mean, low, high = accuracy_interval(outcomes)
-    return f"{100 * mean:.1f} % ({100 * low:.1f}–{100 * high:.1f})"
-
-
-def ranked(metrics: dict[str, Any], name: str) -> str:
-    mean, low, high = (100 * metrics[f"eval_{name}{end}"] for end in ("", "_low", "_high"))
-    return f"{mean:.1f} % ({low:.1f}–{high:.1f})"
+def pair_accuracy(metrics: dict[str, Any]) -> tuple[float, float, float] | None:
+    """(mean, low, high) of the last evaluation, by the name that the loop gives it; None without pairs."""
+    for name in ("eval_accuracy", "eval_rewards/accuracies"):
+        if name in metrics:
+            return metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"]
+    return None
 
 
 def command_line(verb: str, settings: TrainSettings) -> str:
@@ -233,18 +243,43 @@ def command_line(verb: str, settings: TrainSettings) -> str:
     return " ".join(words)
 
 
-def print_table(console: Any, stages: list[Stage], num_held_out: int) -> None:
+def print_table(console: Any, stages: list[Stage], held_out: list[Problem], folder: Path) -> None:
+    """One line a stage: its share of right sums and of pairs ranked right, and what it makes of one sum."""
     from rich.table import Table
 
-    table = Table(title=f"\n{num_held_out} held-out sums, 95 % intervals")
-    for column in ("stage", "sums right", "pairs ranked right", "seconds", "run"):
+    from trueup.runs.statistics import accuracy_interval
+
+    def percent(estimate: tuple[float, float, float]) -> str:
+        mean, low, high = (100 * value for value in estimate)
+        return f"{mean:.1f} % ({low:.0f}–{high:.0f})"
+
+    def num_right(index: int) -> int:
+        return sum(stage.answers[index] == held_out[index].right for stage in stages if stage.answers)
+
+    # The sum that only the last stages get right tells most.
+    example = min(
+        (i for i, p in enumerate(held_out) if stages[-1].answers and stages[-1].answers[i] == p.right),
+        key=num_right,
+        default=0,
+    )
+    table = Table(title=f"\n{len(held_out)} held-out sums, 95 % intervals")
+    for column in ("stage", "sums right", "pairs ranked right", held_out[example].prompt, "seconds", "run"):
         table.add_column(column, justify="left" if column in ("stage", "run") else "right")
     for stage in stages:
-        table.add_row(stage.name, stage.answers, stage.pairs, f"{stage.seconds:.0f}", str(stage.folder))
+        right = [float(answer == p.right) for answer, p in zip(stage.answers or [], held_out, strict=False)]
+        table.add_row(
+            stage.name,
+            percent(accuracy_interval(right)) if right else "",
+            percent(stage.pairs) if stage.pairs else "",
+            stage.answers[example] if stage.answers else "",
+            f"{stage.seconds:.0f}",
+            stage.folder.name,
+        )
     console.print(table)
-    last = stages[-1].folder
     console.print(
-        f"Look at what it wrote:  {last}/samples.jsonl\nIts curves:             {last}/metrics.jsonl\n"
-        f"The model:              {last}/checkpoints/  (loads with transformers.AutoModelForCausalLM)",
+        f"All of it lies in {folder}: of each run its settings, metrics.jsonl, samples.jsonl and checkpoints/, whose\n"
+        "model loads with transformers. DPO looks at the difference between two answers only, so both may become less\n"
+        "likely; with the likelihood of the better one beside it (--loss rpo) that one is held up.\n"
+        "Next: a real model on real preferences, see README.md.",
         soft_wrap=True,
     )

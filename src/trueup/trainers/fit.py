@@ -107,7 +107,7 @@ def fit(
                 evaluated = evaluate(done)
             if last or due(done, settings.save_every) or session.interrupt.requested:
                 session.save(done, stepper, counters, save_model)
-            if session.interrupt.requested and not last:
+            if session.interrupt.requested:
                 raise KeyboardInterrupt
     return session.result(evaluated or trained)
 

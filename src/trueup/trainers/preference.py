@@ -219,6 +219,10 @@ def fit_reference(
         "output": str(Path(settings.output) / "reference"),
         "num_epochs": settings.fit_epochs,
         "learning_rate": settings.fit_learning_rate,
+        # The rest is SFT's own: what suits DPO (a long warm-up, RMSprop, a loose clip) does not suit a likelihood.
+        **{
+            name: getattr(SFTSettings(), name) for name in ("optimizer", "warmup_steps", "lr_schedule", "max_grad_norm")
+        },
         "resume": "no" if settings.resume == "no" else "auto",
     }
     fitted = train_sft(

@@ -60,6 +60,12 @@ class Session:
             self.folder.truncate_after(-1)
             return 0, Counters()
         state, step = load_state(checkpoint), checkpoint_step(checkpoint)
+        if state["kind"] != self.kind:
+            raise CheckpointError(
+                f"this is a run of '{state['kind']}', not of '{self.kind}'",
+                where=str(self.folder.path),
+                way_out="name another folder with --output",
+            )
         try:
             stepper.load_state_dict(state["stepper"])
         except (KeyError, ValueError, RuntimeError) as error:
@@ -84,7 +90,13 @@ class Session:
 
     def save(self, step: int, stepper: Stepper, counters: Counters, save_model: Callable[[Path], None]) -> None:
         """Write a checkpoint: the model for others, the state for going on."""
-        state = {"stepper": stepper.state_dict(), "rng": rng_state(), "counters": vars(counters)}
+        if not stepper.is_finite():
+            raise NonFiniteError(
+                f"after step {step} the parameters are not finite numbers any more, so they are not saved",
+                where=str(self.folder.path),
+                way_out="lower --learning-rate, and go on from the last checkpoint with --resume auto",
+            )
+        state = {"kind": self.kind, "stepper": stepper.state_dict(), "rng": rng_state(), "counters": vars(counters)}
         save_checkpoint(self.folder, step, save_model=save_model, state=state, keep_last=self.settings.keep_checkpoints)
 
     def skipped(self, groups: Sequence[CompletionGroup], step: int, counters: Counters) -> None:

@@ -84,6 +84,10 @@ class Stepper:
         """Let go of the module: a later run on the same object gets its gradients itself."""
         self.masters.close()
 
+    def is_finite(self) -> bool:
+        """Whether every parameter is a finite number."""
+        return all(bool(parameter.isfinite().all()) for parameter in self.masters.parameters)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next update depends on: parameters (in float32) and the optimiser's moments."""
         parameters = {name: p.detach() for name, p in zip(self.names, self.masters.parameters, strict=True)}
