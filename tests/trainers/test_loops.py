@@ -345,8 +345,8 @@ def test_settings_are_frozen():
 
 
 def test_parameters_that_are_not_finite_are_not_saved(tiny_model: str, pairs: list, output: str):
+    overflow = {"learning_rate": 1e30, "weight_decay": 1e30, "optimizer": "sgd"}
     with pytest.raises(NonFiniteError, match="not finite numbers any more"):
-        overflow = {"learning_rate": 1e30, "weight_decay": 1e30, "optimizer": "sgd"}
         train("sft", tiny_model, pairs, output, max_steps=1, num_samples=0, **overflow)
     assert not list(Path(output).glob("checkpoints/step-*"))
 
