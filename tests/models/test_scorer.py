@@ -17,6 +17,7 @@ from trueup.models import scorer as scorer_module
 from trueup.models.adapters import add_lora
 from trueup.models.scorer import CHECK_LIMITS, Scorer, prepare_reward_scorer, prepare_scorer
 from trueup.models.tree import TreeBatch, tree_batch
+from trueup.objectives.logprobs import TokenStatistics
 
 SHAPES = [(9, (8, 5, 11)), (1, (12,)), (6, (7, 2))]
 
@@ -119,22 +120,29 @@ def test_tied_embeddings_get_both_gradients(tiny_model, plain_logprobs, batch) -
 
 @pytest.mark.parametrize("family", ["llama", "granite", "gemma2", "phi"])
 @pytest.mark.parametrize("lora", [False, True])
-def test_temperature_and_entropy(tiny_model, batch, family, lora) -> None:
+def test_temperature_and_statistics(tiny_model, batch, family, lora) -> None:
     """Against the definition on the model's own logits, head with a scale, a cap, a bias."""
     model = tiny_model(family)
     if lora:
         model = with_lora(model, target_modules=["lm_head"])
     scorer = prepare_scorer(model)
-    scores = scorer(batch, temperature=0.7, with_entropy=True)
+    scores = scorer(batch, temperature=0.7, want=TokenStatistics._fields[1:])
     rows = batch.padded()
     lengths = rows.attention_mask.sum(-1).tolist()
     alone = [model(input_ids=row[None, :n]).logits[0] for row, n in zip(rows.tokens, lengths, strict=True)]
     logits = torch.cat([own[-n - 1 : -1] for own, n in zip(alone, batch.lengths.tolist(), strict=True)])
     expected = torch.distributions.Categorical(logits=logits / 0.7)
     torch.testing.assert_close(scores.logprobs, expected.log_prob(batch.targets), rtol=0, atol=3e-5)
-    assert scores.entropy is not None
-    torch.testing.assert_close(scores.entropy, expected.entropy(), rtol=0, atol=3e-5)
-    assert_close(gradients(model, scores.entropy), gradients(model, expected.entropy()))
+    both = torch.cat([scores.entropy, scores.vocab_mean_logprobs])
+    truth = torch.cat([expected.entropy(), expected.logits.mean(-1)])
+    assert_close(gradients(model, both), gradients(model, truth))
+    assert not scores.log_collision.requires_grad
+    for value, true in (
+        (scores.entropy, expected.entropy()),
+        (scores.vocab_mean_logprobs, expected.logits.mean(-1)),
+        (scores.log_collision, expected.probs.square().sum(-1).log()),
+    ):
+        torch.testing.assert_close(value, true, rtol=0, atol=3e-5)
 
 
 class Largest(TorchDispatchMode):
@@ -158,9 +166,8 @@ def test_logits_of_all_tokens_never_exist(tiny_model, make_groups, lora) -> None
     batch = tree_batch(make_groups([(5, (200, 200)), (5, (200, 200))], vocab=vocab))
     scorer = Scorer(model, "padded")
     with Largest() as largest:
-        scores = scorer(batch, with_entropy=True)
-        assert scores.entropy is not None
-        (scores.logprobs.sum() + scores.entropy.sum()).backward()
+        scores = scorer(batch, want=TokenStatistics._fields[1:])
+        (scores.logprobs.sum() + scores.entropy.sum() + scores.vocab_mean_logprobs.sum()).backward()
     assert largest.numel <= max(128, 800 * 1024 / vocab) * vocab * 1.1
     assert largest.numel < len(batch.targets) * vocab / 4
 
@@ -353,7 +360,9 @@ def test_a_head_that_does_something_unknown_is_left_to_the_model(tiny_model, pla
     model.forward = _with_logits(model, lambda logits: 1.7 * logits + torch.arange(logits.shape[-1]) / 50)
     scorer = prepare_scorer(model)
     assert scorer.own_head
-    found, expected = scorer(batch, with_entropy=True), plain_logprobs(model, batch)
+    found, expected = scorer(batch, want=["entropy"]), plain_logprobs(model, batch)
+    assert found.entropy.shape == found.logprobs.shape
+    assert found.log_collision is None
     torch.testing.assert_close(found.logprobs, expected, rtol=0, atol=3e-5)
     assert_close(gradients(model, found.logprobs), gradients(model, expected))
 

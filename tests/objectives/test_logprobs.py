@@ -1,9 +1,10 @@
-"""Log-probabilities and entropies: against the plain computation over all logits, values and gradients alike."""
+"""Log-probabilities and their kin: against the plain computation over all logits, values and gradients alike."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,8 +12,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trueup.objectives.logprobs import entropy, linear_logprobs, sequence_logprobs, token_logprobs
+from trueup.objectives.logprobs import (
+    TokenStatistics,
+    entropy,
+    label_smoothed_nll,
+    linear_logprobs,
+    log_collision,
+    sequence_logprobs,
+    token_logprobs,
+    token_statistics,
+    vocab_mean_logprobs,
+)
 
+ALL = TokenStatistics._fields[1:]
+WANTS = [(), ("entropy",), ("vocab_mean_logprobs",), ("log_collision",), ALL]
 SMALL_TILES = {"chunk_size": 3, "vocab_chunk_size": 7}
 """Divide neither 10 tokens nor 23 entries."""
 
@@ -46,7 +59,8 @@ def materialized(
     scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+    want: Collection[str] = ALL,
+) -> TokenStatistics:
     """The definition, through all logits in float64."""
     logits = hidden.double() @ weight.double().t()
     if bias is not None:
@@ -55,14 +69,30 @@ def materialized(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logprobs = (logits / temperature).log_softmax(-1)
-    return logprobs[torch.arange(len(targets)), targets], -(logprobs.exp() * logprobs).sum(-1)
+    found = {
+        "entropy": -(logprobs.exp() * logprobs).sum(-1),
+        "vocab_mean_logprobs": logprobs.mean(-1),
+        "log_collision": logprobs.detach().exp().square().sum(-1).log(),
+    }
+    return TokenStatistics(logprobs[torch.arange(len(targets)), targets], **{name: found[name] for name in want})
 
 
-def pull(logprobs: Tensor, entropies: Tensor | None) -> Tensor:
+def pull(found: TokenStatistics) -> Tensor:
     """A scalar that weighs every result differently, so that no two gradients are alike."""
-    weights = torch.linspace(-1, 2, len(logprobs), dtype=torch.float64)
-    total = (weights * logprobs).sum()
-    return total if entropies is None else total + (weights.flip(0).square() * entropies).sum()
+    weights = torch.linspace(-1, 2, len(found.logprobs), dtype=torch.float64)
+    total = (weights * found.logprobs).sum()
+    if found.entropy is not None:
+        total = total + (weights.flip(0).square() * found.entropy).sum()
+    if found.vocab_mean_logprobs is not None:
+        total = total + ((weights - 0.3).square() * found.vocab_mean_logprobs).sum()
+    return total
+
+
+def assert_close(found: TokenStatistics, expected: TokenStatistics, **tolerance: float) -> None:
+    for name, value, true in zip(TokenStatistics._fields, found, expected, strict=True):
+        assert (value is None) == (true is None), name
+        if value is not None and true is not None:
+            torch.testing.assert_close(value.double(), true.double(), **tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # --- token, entropy, sequence ------------------------------------------------------------------------------------
@@ -78,13 +108,97 @@ def test_token_goldens() -> None:
     expected = -sum(p / 7 * math.log(p / 7) for p in (1, 2, 4))
     assert entropy(logits)[0].item() == pytest.approx(expected)
     assert entropy(logits, temperature=1e-3)[0].item() == pytest.approx(0, abs=1e-12)
+    assert vocab_mean_logprobs(logits).exp().tolist() == pytest.approx([2 / 7, 1 / 3])  # the geometric mean of 1, 2, 4
+    assert log_collision(logits).exp().tolist() == pytest.approx([(1 + 4 + 16) / 49, 1 / 3])
+    assert vocab_mean_logprobs(logits, temperature=0.5)[0].exp().item() == pytest.approx(4 / 21)
+    assert log_collision(logits, temperature=0.5)[0].exp().item() == pytest.approx((1 + 16 + 256) / 21**2)
 
 
-def test_token_logprobs_and_entropy_gradients() -> None:
+def test_gradients_by_finite_differences() -> None:
     logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(5, (2, 3))
     assert torch.autograd.gradcheck(lambda z: token_logprobs(z, targets, temperature=0.7), (logits,))
     assert torch.autograd.gradcheck(lambda z: entropy(z, temperature=0.7), (logits,))
+    assert torch.autograd.gradcheck(lambda z: vocab_mean_logprobs(z, temperature=0.7), (logits,))
+
+
+def test_no_gradient_flows_through_the_collision() -> None:
+    h = head()
+    assert not log_collision(h.hidden).requires_grad
+    found = linear_logprobs(h.hidden, h.weight, h.targets, want=["log_collision"])
+    assert found.logprobs.requires_grad
+    assert found.log_collision is not None
+    assert not found.log_collision.requires_grad
+
+
+def test_a_collision_is_two_draws_that_are_the_same() -> None:
+    """Over all pairs of draws, and between the bounds that entropy sets: H₂ ≤ H ≤ log V."""
+    logits = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    probs = logits.softmax(-1)
+    pairs = probs[:, :, None] * probs[:, None, :]
+    torch.testing.assert_close(log_collision(logits).exp(), pairs.diagonal(dim1=1, dim2=2).sum(-1))
+    assert (-log_collision(logits) <= entropy(logits)).all()
+    assert (entropy(logits) <= math.log(7)).all()
+
+
+def test_statistics_are_the_functions_by_name() -> None:
+    logits, targets = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
+    assert token_statistics(logits, targets).entropy is None
+    found = token_statistics(logits, targets, temperature=0.7, want=ALL)
+    assert torch.equal(found.logprobs, token_logprobs(logits, targets, temperature=0.7))
+    for name, function in (
+        ("entropy", entropy),
+        ("vocab_mean_logprobs", vocab_mean_logprobs),
+        ("log_collision", log_collision),
+    ):
+        assert torch.equal(getattr(found, name), function(logits, temperature=0.7))
+
+
+# --- label smoothing ---------------------------------------------------------------------------------------------
+
+
+def smoothed(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    found = token_statistics(logits, targets, want=["vocab_mean_logprobs"])
+    assert found.vocab_mean_logprobs is not None
+    return label_smoothed_nll(found.logprobs, found.vocab_mean_logprobs, label_smoothing=label_smoothing)
+
+
+def test_label_smoothing_by_hand() -> None:
+    logits = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64).log()
+    target = torch.tensor([2])
+    assert smoothed(logits, target, 0.0).item() == pytest.approx(math.log(7 / 4))
+    assert smoothed(logits, target, 0.25).item() == pytest.approx(0.75 * math.log(7 / 4) + 0.25 * math.log(7 / 2))
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.9])
+def test_label_smoothing_is_the_expectation_over_labels_and_torch_s(label_smoothing: float) -> None:
+    """The label is the target with 1 − ε, and otherwise any entry: all of them enumerated."""
+    logits = torch.randn(4, 6, dtype=torch.float64)
+    targets = torch.tensor([0, 5, 2, 2])
+    labels = torch.full((4, 6), label_smoothing / 6, dtype=torch.float64)
+    labels[torch.arange(4), targets] += 1 - label_smoothing
+    found = smoothed(logits, targets, label_smoothing)
+    torch.testing.assert_close(found, -(labels * logits.log_softmax(-1)).sum(-1))
+    peer = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
+    torch.testing.assert_close(found, peer)
+
+
+def test_label_smoothing_s_minimiser() -> None:
+    """1 − ε + ε/V on the target, ε/V elsewhere: there the gradient is 0, and nothing lies lower."""
+    optimum = torch.tensor([[0.2 / 4, 0.2 / 4, 0.8 + 0.2 / 4, 0.2 / 4]], dtype=torch.float64).log().requires_grad_()
+    target = torch.tensor([2])
+    least = smoothed(optimum, target, 0.2).sum()
+    (gradient,) = torch.autograd.grad(least, optimum)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient))
+    assert smoothed(optimum.detach() + 0.1 * torch.randn(50, 4, dtype=torch.float64), target.expand(50), 0.2).min() > (
+        least.item()
+    )
+
+
+def test_label_smoothing_out_of_range_is_named() -> None:
+    for wrong in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="label_smoothing must be at least 0 and below 1"):
+            label_smoothed_nll(torch.zeros(2), torch.zeros(2), label_smoothing=wrong)
 
 
 def test_probabilities_of_all_tokens_sum_to_one() -> None:
@@ -96,7 +210,8 @@ def test_half_precision_logits_are_raised() -> None:
     logits = torch.randn(4, 100).bfloat16()
     targets = torch.arange(4)
     assert torch.equal(token_logprobs(logits, targets), token_logprobs(logits.float(), targets))
-    assert entropy(logits).dtype == torch.float32
+    for function in (entropy, vocab_mean_logprobs, log_collision):
+        assert function(logits).dtype == torch.float32
 
 
 def test_extreme_logits() -> None:
@@ -104,6 +219,8 @@ def test_extreme_logits() -> None:
     assert token_logprobs(logits, torch.tensor([0])).item() == 0
     assert token_logprobs(logits, torch.tensor([1])).item() == -2e4
     assert entropy(logits).item() == 0
+    assert vocab_mean_logprobs(logits).item() == -1e4
+    assert log_collision(logits).item() == 0
 
 
 def test_sequence_is_the_sum_of_what_the_mask_selects() -> None:
@@ -122,28 +239,26 @@ OPTIONS = list(itertools.product((1.0, 0.3), (None, 2.0), (1.0, 0.7), (False, Tr
 
 
 @pytest.mark.parametrize("tiles", [{}, SMALL_TILES], ids=["one tile", "many tiles"])
-@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("want", WANTS, ids=lambda want: ",".join(want) or "nothing")
 @pytest.mark.parametrize(("scale", "softcap", "temperature", "with_bias"), OPTIONS)
 def test_values_and_gradients_are_those_of_all_logits(
-    scale: float, softcap: float | None, temperature: float, with_bias: bool, with_entropy: bool, tiles: dict[str, int]
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    with_bias: bool,
+    want: tuple[str, ...],
+    tiles: dict[str, int],
 ) -> None:
     h = head()
     inputs = h.inputs if with_bias else h.inputs[:2]
     transform: dict[str, Any] = {"scale": scale, "softcap": softcap, "temperature": temperature}
     if with_bias:
         transform["bias"] = h.bias
-    logprobs, entropies = linear_logprobs(
-        h.hidden, h.weight, h.targets, **transform, with_entropy=with_entropy, **tiles
-    )
-    expected, expected_entropies = materialized(h.hidden, h.weight, h.targets, **transform)
-    torch.testing.assert_close(logprobs, expected, rtol=1e-12, atol=1e-12)
-    if with_entropy:
-        assert entropies is not None
-        torch.testing.assert_close(entropies, expected_entropies, rtol=1e-12, atol=1e-12)
-    else:
-        assert entropies is None
-    gradients = torch.autograd.grad(pull(logprobs, entropies), inputs)
-    truth = torch.autograd.grad(pull(expected, expected_entropies if with_entropy else None), inputs)
+    found = linear_logprobs(h.hidden, h.weight, h.targets, **transform, want=want, **tiles)
+    expected = materialized(h.hidden, h.weight, h.targets, **transform, want=want)
+    assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad(pull(found), inputs)
+    truth = torch.autograd.grad(pull(expected), inputs)
     for gradient, true in zip(gradients, truth, strict=True):
         torch.testing.assert_close(gradient, true, rtol=1e-11, atol=1e-12)
 
@@ -152,27 +267,42 @@ def test_values_and_gradients_are_those_of_all_logits(
 def test_finite_differences(softcap: float | None) -> None:
     h = head(num_tokens=4, dim=3, vocab=8)
 
-    def both(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
-        options = {"scale": 0.5, "softcap": softcap, "temperature": 0.7, "with_entropy": True}
-        return linear_logprobs(hidden, weight, h.targets, bias=bias, **options, **SMALL_TILES)
+    def all_three(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor | None, ...]:
+        options = {"scale": 0.5, "softcap": softcap, "temperature": 0.7, "want": ("entropy", "vocab_mean_logprobs")}
+        return linear_logprobs(hidden, weight, h.targets, bias=bias, **options, **SMALL_TILES)[:3]
 
-    assert torch.autograd.gradcheck(both, h.inputs)
+    assert torch.autograd.gradcheck(all_three, h.inputs)
 
 
-def test_gradient_of_the_entropy_alone() -> None:
+@pytest.mark.parametrize("name", ["entropy", "vocab_mean_logprobs"])
+def test_gradient_of_one_statistic_alone(name: str) -> None:
     h = head()
-    _, entropies = linear_logprobs(h.hidden, h.weight, h.targets, with_entropy=True, **SMALL_TILES)
-    _, expected = materialized(h.hidden, h.weight, h.targets)
-    assert entropies is not None
-    gradients = torch.autograd.grad(entropies.square().sum(), h.inputs[:2])
+    found = getattr(linear_logprobs(h.hidden, h.weight, h.targets, want=[name], **SMALL_TILES), name)
+    expected = getattr(materialized(h.hidden, h.weight, h.targets), name)
+    gradients = torch.autograd.grad(found.square().sum(), h.inputs[:2])
     for gradient, true in zip(gradients, torch.autograd.grad(expected.square().sum(), h.inputs[:2]), strict=True):
         torch.testing.assert_close(gradient, true, rtol=1e-11, atol=1e-12)
 
 
-def test_entropy_asked_for_but_unused_changes_no_gradient() -> None:
+def test_label_smoothing_through_the_fused_head() -> None:
+    """ε of the labels anywhere: the gradient of the logits is the softmax minus the smoothed label."""
     h = head()
-    plain, _ = linear_logprobs(h.hidden, h.weight, h.targets)
-    beside, _ = linear_logprobs(h.hidden, h.weight, h.targets, with_entropy=True)
+    found = linear_logprobs(h.hidden, h.weight, h.targets, bias=h.bias, want=["vocab_mean_logprobs"], **SMALL_TILES)
+    assert found.vocab_mean_logprobs is not None
+    losses = label_smoothed_nll(found.logprobs, found.vocab_mean_logprobs, label_smoothing=0.2)
+    logits = h.hidden @ h.weight.t() + h.bias
+    peer = torch.nn.functional.cross_entropy(logits, h.targets, label_smoothing=0.2, reduction="none")
+    torch.testing.assert_close(losses, peer)
+    gradients = torch.autograd.grad(losses.sum(), h.inputs)
+    for gradient, true in zip(gradients, torch.autograd.grad(peer.sum(), h.inputs), strict=True):
+        torch.testing.assert_close(gradient, true, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("want", WANTS[1:], ids=",".join)
+def test_what_is_asked_for_but_unused_changes_nothing(want: tuple[str, ...]) -> None:
+    h = head()
+    plain = linear_logprobs(h.hidden, h.weight, h.targets).logprobs
+    beside = linear_logprobs(h.hidden, h.weight, h.targets, want=want).logprobs
     assert torch.equal(plain, beside)
     for one, other in zip(
         torch.autograd.grad(plain.sum(), h.inputs[:2]), torch.autograd.grad(beside.sum(), h.inputs[:2]), strict=True
@@ -183,21 +313,21 @@ def test_entropy_asked_for_but_unused_changes_no_gradient() -> None:
 @pytest.mark.parametrize("tiles", [{}, SMALL_TILES], ids=["one tile", "many tiles"])
 def test_no_tokens(tiles: dict[str, int]) -> None:
     h = head(num_tokens=0)
-    logprobs, entropies = linear_logprobs(h.hidden, h.weight, h.targets, bias=h.bias, with_entropy=True, **tiles)
-    assert logprobs.shape == (0,)
-    assert entropies is not None
-    assert entropies.shape == (0,)
-    for gradient, of in zip(torch.autograd.grad(logprobs.sum() + entropies.sum(), h.inputs), h.inputs, strict=True):
+    found = linear_logprobs(h.hidden, h.weight, h.targets, bias=h.bias, want=ALL, **tiles)
+    assert [each.shape for each in found if each is not None] == [(0,)] * 4
+    for gradient, of in zip(torch.autograd.grad(pull(found), h.inputs), h.inputs, strict=True):
         assert torch.equal(gradient, torch.zeros_like(of))
 
 
 @pytest.mark.parametrize("frozen", [{0}, {1}, {2}, {1, 2}, {0, 1}])
 def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen: set[int]) -> None:
     h = head()
-    everything = torch.autograd.grad(linear_logprobs(h.hidden, h.weight, h.targets, bias=h.bias)[0].sum(), h.inputs)
+    everything = torch.autograd.grad(
+        linear_logprobs(h.hidden, h.weight, h.targets, bias=h.bias).logprobs.sum(), h.inputs
+    )
     inputs = [x.detach() if i in frozen else x.detach().requires_grad_() for i, x in enumerate(h.inputs)]
     with Watch() as watch:
-        linear_logprobs(inputs[0], inputs[1], h.targets, bias=inputs[2], **SMALL_TILES)[0].sum().backward()
+        linear_logprobs(inputs[0], inputs[1], h.targets, bias=inputs[2], **SMALL_TILES).logprobs.sum().backward()
     for i, (tensor, gradient) in enumerate(zip(inputs, everything, strict=True)):
         if i in frozen:
             assert tensor.grad is None
@@ -212,9 +342,9 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen: set[int])
 def test_no_gradient_at_all() -> None:
     h = head()
     with torch.no_grad():
-        logprobs, _ = linear_logprobs(h.hidden, h.weight, h.targets)
-    assert not logprobs.requires_grad
-    torch.testing.assert_close(logprobs, materialized(h.hidden, h.weight, h.targets)[0])
+        found = linear_logprobs(h.hidden, h.weight, h.targets, want=ALL)
+    assert not any(each.requires_grad for each in found if each is not None)
+    assert_close(found, materialized(h.hidden, h.weight, h.targets), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -226,17 +356,13 @@ def test_half_precision_against_float32_truth(dtype: torch.dtype) -> None:
     """
     h = head(num_tokens=40, dim=16, vocab=500, dtype=dtype)
     hidden, weight = (h.hidden.detach() / 2).requires_grad_(), (h.weight.detach() / 2).requires_grad_()
-    logprobs, entropies = linear_logprobs(
-        hidden, weight, h.targets, with_entropy=True, chunk_size=16, vocab_chunk_size=64
-    )
-    assert logprobs.dtype == torch.float32
-    expected, expected_entropies = materialized(hidden, weight, h.targets)
+    found = linear_logprobs(hidden, weight, h.targets, want=ALL, chunk_size=16, vocab_chunk_size=64)
+    assert {each.dtype for each in found if each is not None} == {torch.float32}
+    expected = materialized(hidden, weight, h.targets)
     rounding = torch.finfo(dtype).eps
-    torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=2 * rounding)
-    assert entropies is not None
-    torch.testing.assert_close(entropies.double(), expected_entropies, rtol=0, atol=2 * rounding)
-    gradients = torch.autograd.grad(pull(logprobs, entropies), [hidden, weight])
-    truth = torch.autograd.grad(pull(expected, expected_entropies), [hidden, weight])
+    assert_close(found, expected, rtol=0, atol=2 * rounding)
+    gradients = torch.autograd.grad(pull(found), [hidden, weight])
+    truth = torch.autograd.grad(pull(expected), [hidden, weight])
     for gradient, true in zip(gradients, truth, strict=True):
         assert gradient.dtype == dtype
         error = (gradient.double() - true.double()).abs().max() / true.double().abs().max()
@@ -249,10 +375,10 @@ def test_products_in_bfloat16_where_the_machine_has_them(monkeypatch: pytest.Mon
     results = []
     for native in (False, True):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
-        logprobs, entropies = linear_logprobs(
-            h.hidden, h.weight, h.targets, bias=h.bias, scale=0.5, softcap=5.0, with_entropy=True, chunk_size=16
+        found = linear_logprobs(
+            h.hidden, h.weight, h.targets, bias=h.bias, scale=0.5, softcap=5.0, want=ALL, chunk_size=16
         )
-        results.append((logprobs, entropies, *torch.autograd.grad(pull(logprobs, entropies), h.inputs)))
+        results.append((*found, *torch.autograd.grad(pull(found), h.inputs)))
     for exact, rounded in zip(*results, strict=True):
         assert not torch.equal(exact, rounded), "both ran on the same path"
         error = (exact.double() - rounded.double()).abs().max() / exact.double().abs().max()
@@ -263,20 +389,18 @@ def test_float32_keeps_its_digits_where_logits_are_large() -> None:
     """Logits of ±1e4 whose gaps are small numbers: exact in float32, and so must the results be."""
     hidden = torch.tensor([[1.0, 1.0], [-1.0, 1.0]], requires_grad=True)
     weight = torch.tensor([[1e4, 0.0], [1e4, 1.0], [1e4, 2.0]], requires_grad=True)
-    logprobs, entropies = linear_logprobs(hidden, weight, torch.tensor([1, 2]), with_entropy=True, vocab_chunk_size=2)
-    expected = torch.tensor([0.0, 1.0, 2.0]).log_softmax(-1)
-    torch.testing.assert_close(logprobs, expected[[1, 2]], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(entropies, entropy(torch.tensor([[0.0, 1.0, 2.0]] * 2)), rtol=1e-6, atol=1e-6)
+    found = linear_logprobs(hidden, weight, torch.tensor([1, 2]), want=ALL, vocab_chunk_size=2)
+    expected = token_statistics(torch.tensor([[0.0, 1.0, 2.0]] * 2), torch.tensor([1, 2]), want=ALL)
+    assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_hopeless_and_certain_targets() -> None:
     hidden = torch.ones(2, 1, requires_grad=True)
     weight = torch.tensor([[1e4], [-1e4], [0.0]], requires_grad=True)
-    logprobs, entropies = linear_logprobs(hidden, weight, torch.tensor([0, 1]), with_entropy=True, vocab_chunk_size=1)
-    assert logprobs.tolist() == [0, -2e4]
-    assert entropies is not None
-    assert entropies.tolist() == [0, 0]
-    gradients = torch.autograd.grad(logprobs.sum() + entropies.sum(), [hidden, weight])
+    found = linear_logprobs(hidden, weight, torch.tensor([0, 1]), want=ALL, vocab_chunk_size=1)
+    assert [each.tolist() for each in found if each is not None] == [[0, -2e4], [0, 0], [-1e4, -1e4], [0, 0]]
+    assert found.entropy is not None
+    gradients = torch.autograd.grad(found.logprobs.sum() + found.entropy.sum(), [hidden, weight])
     assert gradients[0].tolist() == [[0], [-2e4]]
     assert gradients[1].tolist() == [[-1], [1], [0]]
 
@@ -295,29 +419,28 @@ class Watch(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("with_entropy", [False, True])
-def test_logits_exist_one_tile_at_a_time(with_entropy: bool) -> None:
+@pytest.mark.parametrize("want", WANTS, ids=lambda want: ",".join(want) or "nothing")
+def test_logits_exist_one_tile_at_a_time(want: tuple[str, ...]) -> None:
     h = head(num_tokens=64, dim=4, vocab=4096, dtype=torch.float32)
 
     def largest(function: Any, **options: Any) -> int:
         with Watch() as mode:
-            logprobs, entropies = function(h.hidden, h.weight, h.targets, bias=h.bias, **options)
-            pull(logprobs, entropies if with_entropy else None).backward()
+            pull(function(h.hidden, h.weight, h.targets, bias=h.bias, want=want, **options)).backward()
         return mode.num_elements
 
     tiles = {"chunk_size": 16, "vocab_chunk_size": 512}
-    fused = largest(linear_logprobs, softcap=3.0, with_entropy=with_entropy, **tiles)
+    fused = largest(linear_logprobs, softcap=3.0, **tiles)
     assert fused == h.weight.numel(), "nothing may be larger than the gradient of the weights"
     assert largest(materialized) == 64 * 4096, "the probe itself must see the plain computation's logits"
     h.weight.requires_grad_(False)
-    assert largest(linear_logprobs, softcap=3.0, with_entropy=with_entropy, **tiles) == 16 * 512
+    assert largest(linear_logprobs, softcap=3.0, **tiles) == 16 * 512
 
 
 def test_kept_for_the_backward_pass_are_inputs_and_a_few_numbers_a_token() -> None:
     h = head(num_tokens=64, dim=4, vocab=512, dtype=torch.float32)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        linear_logprobs(h.hidden, h.weight, h.targets, with_entropy=True)
+        linear_logprobs(h.hidden, h.weight, h.targets, want=ALL)
     inputs = {h.hidden.data_ptr(), h.weight.data_ptr(), h.targets.data_ptr()}
     assert sum(x.numel() for x in kept if x.data_ptr() not in inputs) == 2 * 64
 
@@ -327,18 +450,18 @@ def test_same_bits_every_time() -> None:
     targets = torch.zeros(50, dtype=torch.int64)  # the same row of the weights for all
     runs = []
     for _ in range(2):
-        logprobs, _ = linear_logprobs(h.hidden, h.weight, targets, **SMALL_TILES)
-        runs.append((logprobs, *torch.autograd.grad(logprobs.sum(), h.inputs[:2])))
+        found = linear_logprobs(h.hidden, h.weight, targets, want=ALL, **SMALL_TILES)
+        runs.append((*found, *torch.autograd.grad(pull(found), h.inputs[:2])))
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
 def test_one_row_at_a_time_is_the_batch() -> None:
     """Micro-batches add up: gradients of the rows apart sum to the gradient of all."""
     h = head()
-    together = torch.autograd.grad(linear_logprobs(h.hidden, h.weight, h.targets)[0].sum(), h.weight)[0]
+    together = torch.autograd.grad(linear_logprobs(h.hidden, h.weight, h.targets).logprobs.sum(), h.weight)[0]
     apart = torch.zeros_like(together)
     for i in range(len(h.hidden)):
-        logprobs, _ = linear_logprobs(h.hidden[i : i + 1], h.weight, h.targets[i : i + 1])
+        logprobs = linear_logprobs(h.hidden[i : i + 1], h.weight, h.targets[i : i + 1]).logprobs
         apart += torch.autograd.grad(logprobs.sum(), h.weight)[0]
     torch.testing.assert_close(apart, together, rtol=1e-12, atol=1e-12)
 
@@ -346,7 +469,7 @@ def test_one_row_at_a_time_is_the_batch() -> None:
 def test_no_second_derivative_is_said_and_not_wrong() -> None:
     h = head()
     (gradient,) = torch.autograd.grad(
-        linear_logprobs(h.hidden, h.weight, h.targets)[0].square().sum(), h.hidden, create_graph=True
+        linear_logprobs(h.hidden, h.weight, h.targets).logprobs.square().sum(), h.hidden, create_graph=True
     )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -360,6 +483,7 @@ def test_no_second_derivative_is_said_and_not_wrong() -> None:
         ("chunk_size must be positive", {"chunk_size": 0}),
         ("vocab_chunk_size must be positive", {"vocab_chunk_size": 0}),
         ("bias is torch.float32", {"bias": torch.zeros(23)}),
+        ("want names entropies, but knows only entropy, vocab_mean_logprobs, log_coll", {"want": ["entropies"]}),
     ],
 )
 def test_settings_out_of_range_are_named(message: str, options: dict[str, Any]) -> None:
@@ -378,6 +502,8 @@ def test_mistaken_inputs_are_named() -> None:
     for function in (
         lambda: token_logprobs(h.hidden, h.targets % 6, temperature=0.0),
         lambda: entropy(h.hidden, temperature=0.0),
+        lambda: vocab_mean_logprobs(h.hidden, temperature=0.0),
+        lambda: log_collision(h.hidden, temperature=0.0),
     ):
         with pytest.raises(ValueError, match="temperature must be positive"):
             function()

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,8 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from trueup.errors import ModelError
 from trueup.models.attention import TREE_ATTENTION, no_mask, register_tree_attention
+from trueup.models.noise import noisy_embeddings
 from trueup.models.tree import TreeBatch, tree_batch
-from trueup.objectives.logprobs import entropy, linear_logprobs, token_logprobs
+from trueup.objectives.logprobs import TokenStatistics, linear_logprobs, token_logprobs, token_statistics
 from trueup.records import Completion, CompletionGroup
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -46,41 +46,39 @@ CHECK_LIMITS = {
 AnyScorer = TypeVar("AnyScorer", "Scorer", "RewardScorer")
 
 
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """Per completion token, float32 [S], in nats: log-prob of the token; entropy of its distribution, if asked for."""
-
-    logprobs: Tensor
-    entropy: Tensor | None = None
-
-
 class Scorer(nn.Module):
     """Log-probs of completions under a causal language model. Made by ``prepare_scorer``.
 
     ``model``: the transformers model, or a peft model around one. ``path``: "tree" or "padded". ``own_head``: on padded
-    rows, take the logits from the model's own forward pass, [tokens, vocabulary] and all.
+    rows, take the logits from the model's own forward pass, [tokens, vocabulary] and all. ``neftune_alpha``: in
+    training mode, the scale of noise on the input embeddings (``embedding_noise``).
     """
 
-    def __init__(self, model: nn.Module, path: str = "tree", *, own_head: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, path: str = "tree", *, own_head: bool = False, neftune_alpha: float = 0.0
+    ) -> None:
         super().__init__()
         self.model = model
         self.path = path
         self.own_head = own_head
+        self.neftune_alpha = neftune_alpha
 
-    def forward(self, batch: TreeBatch, *, temperature: float = 1.0, with_entropy: bool = False) -> Scores:
-        """Score every completion token of the batch: [S], in the order of ``batch.targets``.
+    def forward(self, batch: TreeBatch, *, temperature: float = 1.0, want: Collection[str] = ()) -> TokenStatistics:
+        """Score every completion token of the batch: float32 [S], in the order of ``batch.targets``.
 
-        ``temperature``: that of the sampling. Raises ``ValueError`` unless it is > 0.
+        ``temperature``: that of the sampling. ``want``: what to give beside the log-probs, by the names of
+        ``TokenStatistics``. Raises ``ValueError`` for an unknown name, and unless the temperature is > 0.
         """
-        if self.own_head:
-            logits = _own_logits(self.model, batch)
-            return Scores(*_logits_scores(logits, batch.targets, temperature, with_entropy))
         model = plain_model(self.model)
-        hidden = _hidden_states(model, batch, self.path, "scored")
+        with noisy_embeddings(model, batch, self.path, self.neftune_alpha if self.training else 0.0):
+            if self.own_head:
+                logits = _own_logits(self.model, batch)
+                return token_statistics(logits, batch.targets, temperature=temperature, want=want)
+            hidden = _hidden_states(model, batch, self.path, "scored")
         scale, softcap = _head_transform(model)
         head = _in_use(model.get_output_embeddings())
         score = _linear_scores if isinstance(head, nn.Linear) else _module_scores
-        return Scores(*score(head, hidden, batch.targets, scale, softcap, temperature, with_entropy))
+        return score(head, hidden, batch.targets, scale=scale, softcap=softcap, temperature=temperature, want=want)
 
 
 class RewardScorer(nn.Module):
@@ -156,73 +154,51 @@ def _in_use(head: nn.Module) -> nn.Module:
     return wrapper.original_module if wrapper.disable_adapters or not active else copies[active[0]]
 
 
-def _linear_scores(
-    head: Any,
-    hidden: Tensor,
-    targets: Tensor,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
-    with_entropy: bool,
-) -> tuple[Tensor, Tensor | None]:
-    return linear_logprobs(
-        hidden.to(head.weight.dtype),
-        head.weight,
-        targets,
-        bias=head.bias,
-        scale=scale,
-        softcap=softcap,
-        temperature=temperature,
-        with_entropy=with_entropy,
-    )
+def _linear_scores(head: Any, hidden: Tensor, targets: Tensor, **options: Any) -> TokenStatistics:
+    return linear_logprobs(hidden.to(head.weight.dtype), head.weight, targets, bias=head.bias, **options)
 
 
 def _module_scores(
     head: nn.Module,
     hidden: Tensor,
     targets: Tensor,
+    *,
     scale: float,
     softcap: float | None,
-    temperature: float,
-    with_entropy: bool,
     chunk_size: int = 128,
-) -> tuple[Tensor, Tensor | None]:
+    **options: Any,
+) -> TokenStatistics:
     """For a head that is not a plain linear layer, such as one with LoRA: any module, called as it is.
 
     It works chunk by chunk, the logits of a chunk computed anew in the backward pass, so that they never all exist.
     """
 
-    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+    def score(hidden: Tensor, targets: Tensor) -> TokenStatistics:
         logits = head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        return _logits_scores(logits, targets, temperature, with_entropy)
+        return token_statistics(logits, targets, **options)
 
     chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
     scored: list[Any] = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
-    logprobs, entropies = zip(*scored, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
-
-
-def _logits_scores(
-    logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    logprobs = token_logprobs(logits, targets, temperature=temperature)
-    return logprobs, entropy(logits, temperature=temperature) if with_entropy else None
+    return TokenStatistics(*(None if found[0] is None else torch.cat(found) for found in zip(*scored, strict=True)))
 
 
 # --- the check at load
 
 
-def prepare_scorer(model: nn.Module) -> Scorer:
+def prepare_scorer(model: nn.Module, *, neftune_alpha: float = 0.0) -> Scorer:
     """A ``Scorer`` for a causal language model: on the tree where the model's own forward pass proves it right, else on
     padded rows, with one warning and the same results.
 
     Sets the model's attention to the tree's, which is transformers' ``sdpa`` for every other use of the model.
-    Raises ``ModelError`` if neither reproduces the model's plain forward pass.
+    ``neftune_alpha``: noise in training, see ``Scorer``. Raises ``ModelError`` if neither reproduces the model's plain
+    forward pass.
     """
     candidates = [Scorer, partial(Scorer, path="padded"), partial(Scorer, path="padded", own_head=True)]
-    return _first_exact(model, candidates, _plain_logprobs, lambda scorer, batch: scorer(batch).logprobs)
+    scorer = _first_exact(model, candidates, _plain_logprobs, lambda scorer, batch: scorer(batch).logprobs)
+    scorer.neftune_alpha = neftune_alpha  # only now: what is random can't be compared
+    return scorer
 
 
 def prepare_reward_scorer(model: nn.Module) -> RewardScorer:

@@ -80,11 +80,13 @@ class TreeLayout:
 class PaddedRows(NamedTuple):
     """The same batch as one right-padded row per completion, its prompt repeated: [C, L].
 
-    ``scored`` [S] and ``last`` [C] index the flattened rows and mean what they mean in the ``TreeBatch``.
+    ``stream`` [C, L]: the stream index of each token. ``scored`` [S] and ``last`` [C] index the flattened rows and mean
+    what they mean in the ``TreeBatch``.
     """
 
     tokens: Tensor
     attention_mask: Tensor
+    stream: Tensor
     scored: Tensor
     last: Tensor
 
@@ -129,6 +131,15 @@ class TreeBatch:
         """Where ``rows`` holds a scored token: bool [C, Tmax]."""
         return self.rows(torch.ones_like(self.places, dtype=torch.bool))
 
+    @property
+    def sequence_lengths(self) -> Tensor:
+        """int64 [T]: how many tokens the sequence has that a token is part of, prompt and completion; for a prompt that
+        several completions share, the longest one."""
+        spans = self.layout.spans
+        lengths = [span.prompt + n for span in spans for n in (max(span.completions), *span.completions)]
+        counts = [n for span in spans for n in (span.prompt, *span.completions)]
+        return torch.from_numpy(np.repeat(lengths, counts)).to(self.tokens.device)
+
     def padded(self) -> PaddedRows:
         """The batch for a model that can't read the tree: each completion a row of its own behind its prompt."""
         paths = [np.r_[span.start : span.split, branch] for span in self.layout.spans for branch in span.branches]
@@ -142,11 +153,11 @@ class TreeBatch:
         completion, column = np.divmod(self.places.cpu().numpy(), self.longest)
         scored = last[completion] - self.lengths.cpu().numpy()[completion] + column
         device = self.tokens.device
-        attention_mask = torch.from_numpy(real).to(device)
+        stream, attention_mask = torch.from_numpy(index).to(device), torch.from_numpy(real).to(device)
         # Padding is never looked at, so any token serves; 0 exists in every vocabulary.
-        tokens = self.tokens[torch.from_numpy(index).to(device)] * attention_mask
+        tokens = self.tokens[stream] * attention_mask
         return PaddedRows(
-            tokens, attention_mask, torch.from_numpy(scored).to(device), torch.from_numpy(last).to(device)
+            tokens, attention_mask, stream, torch.from_numpy(scored).to(device), torch.from_numpy(last).to(device)
         )
 
 
