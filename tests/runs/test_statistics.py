@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from trueup.runs.statistics import accuracy_interval, length_matched_accuracy
+from trueup.runs.statistics import (
+    accuracy_by_length_gap,
+    accuracy_interval,
+    accuracy_metrics,
+    calibration_metrics,
+    comparison_tables,
+    confidences,
+    length_matched_accuracy,
+    pair_outcomes,
+    reliability,
+)
 
 # --- accuracy_interval
 
@@ -158,3 +170,225 @@ def test_the_matched_interval_covers_as_often_as_it_says(right_if_longer, right_
     assert np.mean([mean for mean, _, _ in intervals]) == pytest.approx(truth, abs=0.002)
     # The smoothing of small cells may widen the interval a little, by no more than a point of coverage.
     assert 0.95 - FOUR_STANDARD_ERRORS < covered(truth, intervals) < 0.96 + FOUR_STANDARD_ERRORS
+
+
+# --- pairs of one list
+
+finite_gaps = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=120)
+
+
+def list_pairs(rng: np.random.Generator, num_lists: int) -> tuple[np.ndarray, ...]:
+    """Score gaps, length gaps and list numbers of all six pairs of lists of four, as a reward model would give them: an
+    answer's error goes into each of its three pairs, and some lists are harder than others. Some have two answers."""
+    noise = rng.choice([0.1, 3.0], size=(num_lists, 1))
+    scores = np.sort(rng.normal(size=(num_lists, 4)))[:, ::-1] + noise * rng.normal(size=(num_lists, 4))
+    lengths = rng.integers(5, 200, size=(num_lists, 4))
+    better, worse = np.triu_indices(4, 1)
+    kept = (rng.random(num_lists) < 0.7)[:, None] | ((better == 0) & (worse == 1))[None]
+    index = np.broadcast_to(np.arange(num_lists)[:, None], kept.shape)
+    return (scores[:, better] - scores[:, worse])[kept], (lengths[:, better] - lengths[:, worse])[kept], index[kept]
+
+
+def test_a_design_effect_by_hand():
+    """Two lists of two pairs, (1, 1) and (1, 0): p̂ = 3/4, residuals ¼, ¼, ¼, −¾.
+
+    Between lists 2/1·(¼ + ¼) = 1, had they been independent 4/3·¾ = 1: deff = 1. With (1, 1) and (0, 0) in its place:
+    2·(1 + 1) / (4/3·1) = 3, but two pairs a list can't count for less than one: 2.
+    """
+    assert accuracy_interval([1, 1, 1, 0], lists=[0, 0, 1, 1]) == pytest.approx(accuracy_interval([1, 1, 1, 0]))
+    assert accuracy_interval([1, 1, 0, 0], lists=[0, 0, 1, 1]) == pytest.approx(accuracy_interval([1, 0]))
+
+
+@given(finite_gaps)
+def test_lists_of_one_pair_are_pairs(gaps):
+    lengths = np.arange(len(gaps)) - len(gaps) // 2
+    for lists in (np.arange(len(gaps)), [f"row {index}" for index in range(len(gaps))]):
+        assert accuracy_metrics(pair_outcomes(gaps), lengths, lists) == pytest.approx(
+            accuracy_metrics(pair_outcomes(gaps), lengths), nan_ok=True
+        )
+        assert calibration_metrics(gaps, lists) == calibration_metrics(gaps)
+        assert comparison_tables(gaps, lengths, lists) == comparison_tables(gaps, lengths)
+
+
+@pytest.mark.parametrize("copies", [2, 5])
+def test_copies_of_a_pair_tell_nothing_new(copies):
+    """Each pair written several times, as one list: the interval is that of the pairs."""
+    rng = np.random.default_rng(5)
+    outcomes, gaps = rng.choice([0, 1], 200, p=[0.3, 0.7]), rng.normal(10, 30, 200)
+    lists = np.repeat(np.arange(200), copies)
+    many = np.repeat(outcomes, copies)
+    assert accuracy_interval(many, lists=lists) == pytest.approx(accuracy_interval(outcomes), rel=1e-12)
+    plain, copied = length_matched_accuracy(outcomes, gaps), length_matched_accuracy(many, np.repeat(gaps, copies))
+    held = length_matched_accuracy(many, np.repeat(gaps, copies), lists=lists)
+    assert held == pytest.approx(plain, rel=1e-12)
+    assert copied[2] - copied[1] < 0.8 * (plain[2] - plain[1])
+
+
+def test_all_right_counts_lists_not_pairs():
+    lists = np.repeat(np.arange(30), 6)
+    assert accuracy_interval([1] * 180, lists=lists) == pytest.approx(accuracy_interval([1] * 30))
+    assert accuracy_interval([1, 0, 1], lists=[7, 7, 7]) == pytest.approx((2 / 3, *_wilson_ends(2 / 3, 1.0)))
+
+
+def _wilson_ends(mean: float, count: float) -> tuple[float, float]:
+    z = stats.norm.ppf(0.975)
+    half = z * math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2))
+    return tuple((mean + z**2 / (2 * count) + sign * half) / (1 + z**2 / count) for sign in (-1, 1))
+
+
+def test_intervals_of_lists_cover_as_often_as_they_say():
+    """Of the accuracy, plain and length-matched; counted as independent, pairs of lists would promise too much."""
+    rng = np.random.default_rng(14)
+    truth = pair_outcomes(list_pairs(rng, 200_000)[0]).mean()
+    plain, matched, naive = [], [], []
+    for _ in range(NUM_SIMULATIONS):
+        gaps, lengths, lists = list_pairs(rng, 120)
+        outcomes = pair_outcomes(gaps)
+        plain.append(accuracy_interval(outcomes, lists=lists))
+        matched.append(length_matched_accuracy(outcomes, lengths, lists=lists))
+        naive.append(accuracy_interval(outcomes))
+    assert 0.95 - FOUR_STANDARD_ERRORS < covered(truth, plain) < 0.96 + FOUR_STANDARD_ERRORS
+    assert 0.95 - FOUR_STANDARD_ERRORS < covered(truth, matched) < 0.96 + FOUR_STANDARD_ERRORS
+    assert covered(truth, naive) < 0.92
+
+
+def test_lists_have_the_shape_of_the_outcomes():
+    with pytest.raises(ValueError, match="lists of shape"):
+        accuracy_interval([1, 0], lists=[1])
+
+
+# --- by length gap
+
+
+def test_strata_of_the_length_gap_by_hand():
+    outcomes = [0, 0, 1, 0, 0.5, 1, 1, 1]
+    gaps = [-40, -30, -3, -2, 0, 2, 50, 60]
+    table = accuracy_by_length_gap(outcomes, gaps, num_strata=4)
+    assert [(each.shortest_gap, each.longest_gap, each.count, each.accuracy) for each in table] == [
+        (-40, -30, 2, 0.0),
+        (-3, -2, 2, 0.5),
+        (0, 2, 2, 0.75),
+        (50, 60, 2, 1.0),
+    ]
+    for pair, each in enumerate(table):
+        assert (each.accuracy, each.low, each.high) == accuracy_interval(outcomes[2 * pair : 2 * pair + 2])
+
+
+@given(st.lists(st.integers(-20, 20), min_size=1, max_size=80), st.integers(1, 9))
+def test_strata_hold_every_pair_once_and_equal_gaps_together(gaps, num_strata):
+    table = accuracy_by_length_gap([1] * len(gaps), gaps, num_strata)
+    assert sum(each.count for each in table) == len(gaps)
+    assert 1 <= len(table) <= num_strata
+    assert all(each.shortest_gap <= each.longest_gap for each in table)
+    assert all(below.longest_gap < above.shortest_gap for below, above in pairwise(table))
+
+
+# --- calibration
+
+
+def test_a_reliability_diagram_by_hand():
+    """Bins (0.2, 0.4) with 0 of 2 and (0.6, 0.8) with 1½ of 2: ½·|0 − 0.3| + ½·|0.75 − 0.7| = 0.175.
+
+    By chance: ½·√(2/π·(0.16 + 0.24)/4) in either bin.
+    """
+    curve = reliability([0.2, 0.8, 0.4, 0.6], [0, 1, 0, 0.5], num_bins=2)
+    assert curve.calibration_error == pytest.approx(0.175)
+    assert curve.by_chance == pytest.approx(math.sqrt(2 / math.pi * 0.1))
+    assert [(each.predicted, each.observed, each.count) for each in curve.bins] == [
+        (pytest.approx(0.3), 0.0, 2),
+        (pytest.approx(0.7), 0.75, 2),
+    ]
+    assert (curve.bins[1].low, curve.bins[1].high) == accuracy_interval([1, 0.5])[1:]
+
+
+@given(finite_gaps, st.integers(1, 12), st.randoms(use_true_random=False))
+def test_the_order_of_predictions_does_not_matter(gaps, num_bins, random):
+    pairs = list(zip(*confidences(gaps), strict=True))
+    curve = reliability(*zip(*pairs, strict=True), num_bins=num_bins)
+    random.shuffle(pairs)
+    assert reliability(*zip(*pairs, strict=True), num_bins=num_bins).calibration_error == pytest.approx(
+        curve.calibration_error
+    )
+    assert sum(each.count for each in curve.bins) == len(gaps)
+
+
+@given(st.lists(st.floats(0.01, 8), min_size=4, max_size=60, unique=True), st.integers(1, 6), st.randoms())
+def test_folding_is_the_upper_half_of_both_orders(sizes, num_bins, random):
+    """Every pair taken in both orders gives a diagram that is its own mirror image, with the same error."""
+    gaps = np.array([random.choice([-1, 1]) * size for size in sizes])
+    folded = reliability(*confidences(gaps), num_bins=num_bins)
+    p = 1 / (1 + np.exp(-gaps))
+    both = reliability(np.r_[p, 1 - p], np.r_[np.ones_like(p), np.zeros_like(p)], num_bins=2 * num_bins)
+    upper = [each for each in both.bins if each.predicted > 0.5]
+    if len(gaps) % num_bins == 0:  # otherwise the quantiles of the two differ
+        assert [each.count for each in upper] == [each.count for each in folded.bins]
+        assert both.calibration_error == pytest.approx(folded.calibration_error)
+        assert [each.observed for each in upper] == pytest.approx([each.observed for each in folded.bins])
+
+
+def test_unfolded_the_diagram_says_nothing():
+    """A model that guesses with great confidence: against p itself it looks as right as one that knows."""
+    rng = np.random.default_rng(6)
+    gaps = 5 * rng.choice([-1, 1], 1000)
+    assert [each.observed for each in reliability(1 / (1 + np.exp(-gaps)), np.ones(1000)).bins] == [1.0, 1.0]
+    assert calibration_metrics(gaps)["ece"] == pytest.approx(0.49, abs=0.04)
+
+
+@pytest.mark.parametrize("lists_of_four", [False, True])
+def test_a_calibrated_model_shows_the_error_of_chance(lists_of_four):
+    """Outcomes drawn from the predictions; in lists, all pairs of a list alike."""
+    rng = np.random.default_rng(7)
+    found, promised = [], []
+    for _ in range(400):
+        if lists_of_four:
+            sure, lists = np.repeat(0.5 + 0.5 * rng.random(100), 4), np.repeat(np.arange(100), 4)
+            right = np.repeat(rng.random(100), 4) < sure
+        else:
+            sure, lists = 0.5 + 0.5 * rng.random(400), None
+            right = rng.random(400) < sure
+        curve = reliability(sure, right, lists=lists)
+        found.append(curve.calibration_error)
+        promised.append(curve.by_chance)
+    assert np.mean(promised) == pytest.approx(np.mean(found), rel=0.06)
+
+
+def test_confidence_that_is_off_is_found():
+    """Scores that are twice too far apart: the error is the mean of |σ(2d) − σ(d)|."""
+    rng = np.random.default_rng(8)
+    sizes = rng.exponential(1.5, 40_000)
+    gaps = np.where(rng.random(40_000) < 1 / (1 + np.exp(-sizes)), sizes, -sizes)
+    assert calibration_metrics(gaps)["ece"] < 0.01
+    assert calibration_metrics(2 * gaps)["ece"] == pytest.approx(
+        (1 / (1 + np.exp(-2 * sizes)) - 1 / (1 + np.exp(-sizes))).mean(), abs=0.005
+    )
+    assert calibration_metrics(gaps)["brier"] < calibration_metrics(2 * gaps)["brier"]
+    assert calibration_metrics(gaps)["log_loss"] < calibration_metrics(2 * gaps)["log_loss"]
+
+
+def test_proper_scores_by_hand():
+    """Gaps 0, log 3 and −log 3: p = ½, ¾, ¼."""
+    found = calibration_metrics([0.0, math.log(3), -math.log(3)])
+    assert found["brier"] == pytest.approx((1 / 4 + 1 / 16 + 9 / 16) / 3)
+    assert found["log_loss"] == pytest.approx((math.log(2) + math.log(4 / 3) + math.log(4)) / 3)
+
+
+def test_far_apart_scores_overflow_nothing():
+    found = calibration_metrics([800.0, -800.0])
+    assert found == {"ece": 0.5, "ece_by_chance": 0.0, "brier": 0.5, "log_loss": 400.0}
+
+
+def test_tables_are_plain_records():
+    tables = comparison_tables([1.0, -1.0, 2.0], [3, -4, 0], [0, 0, 1])
+    assert json.loads(json.dumps(tables)) == tables
+    assert sum(row["count"] for row in tables["reliability"]) == sum(row["count"] for row in tables["length_gaps"]) == 3
+
+
+@pytest.mark.parametrize("bad", [[1.2, 0.5], [math.nan, 0.5], [0.5]])
+def test_what_is_no_probability_is_refused(bad):
+    with pytest.raises(ValueError, match="probabilities"):
+        reliability(bad, [1, 0])
+
+
+def test_there_is_at_least_one_bin():
+    with pytest.raises(ValueError, match="at least one bin"):
+        reliability([0.5], [1], num_bins=0)
