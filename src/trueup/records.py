@@ -26,12 +26,18 @@ class RankedCompletions:
 
     ``prompt`` and every completion are of one kind: all plain text, or all conversations.
     ``where`` names the row for messages, ``margin`` says by how much the first is better than the second, if known.
+    ``desirable`` says of each completion by itself whether it is good: then they are not ranked (unpaired data).
+    ``steps``: of each completion, the steps that it consists of; ``completions`` has them joined by line breaks.
+    ``step_labels``: of each step, how right it is, in [0, 1]; None where nobody said. Then they are not ranked either.
     """
 
     prompt: Text
     completions: tuple[Text, ...]
     where: str = ""
     margin: float | None = None
+    desirable: tuple[bool, ...] | None = None
+    steps: tuple[tuple[str, ...], ...] | None = None
+    step_labels: tuple[tuple[float | None, ...], ...] | None = None
 
 
 class StopReason(StrEnum):
@@ -51,12 +57,16 @@ class Completion:
 
     ``tokens``: int64 [T], end token included. ``mask``: bool [T], True where the model wrote the token (tool output
     and other people's turns are False); None means everywhere. ``sampler_logprobs``: float32 [T], from the engine.
+    ``step_ends``: int64 [M], ascending: the index of each step's last token, where the completion is divided into
+    steps. ``step_labels``: float32 [M], how right each step is, in [0, 1]; NaN where nobody said.
     """
 
     tokens: np.ndarray
     mask: np.ndarray | None = None
     stop_reason: StopReason = StopReason.END
     sampler_logprobs: np.ndarray | None = None
+    step_ends: np.ndarray | None = None
+    step_labels: np.ndarray | None = None
 
     @property
     def completion_mask(self) -> np.ndarray:
@@ -70,12 +80,16 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionGroup:
-    """One prompt, int64 [P] with P ≥ 1, and its K completions; for preferences the best comes first."""
+    """One prompt, int64 [P] with P ≥ 1, and its K completions; for preferences the best comes first.
+
+    ``margin`` and ``desirable`` as in ``RankedCompletions``.
+    """
 
     prompt: np.ndarray
     completions: tuple[Completion, ...]
     where: str = ""
     margin: float | None = None
+    desirable: tuple[bool, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
