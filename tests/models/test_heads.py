@@ -225,3 +225,19 @@ def test_an_adapter_has_to_be_merged_first(causal):
     add_lora(loaded.model, rank=2)
     with pytest.raises(ModelError, match="adapter"):
         load_reward_model(loaded)
+
+
+@pytest.mark.parametrize(("trained", "asked"), [("step", "completion"), ("completion", "step")])
+def test_a_head_that_judges_the_other_is_refused(causal, tmp_path, trained, asked):
+    reward = load_reward_model(causal("llama"), scores_each=trained)
+    folder = save(reward, tmp_path)
+    assert load_reward_model(folder, scores_each=trained).model.config.scores_each == trained
+    for name in (reward, folder):
+        with pytest.raises(ModelError, match=f"scores each {trained}, not each {asked}"):
+            load_reward_model(name, scores_each=asked)
+
+
+def test_a_head_that_does_not_say_what_it_judges_is_taken(causal):
+    reward = load_reward_model(causal("llama"))
+    del reward.model.config.scores_each
+    assert load_reward_model(reward, scores_each="step").model.config.scores_each == "step"

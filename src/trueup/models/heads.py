@@ -12,7 +12,7 @@ import copy
 import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -45,16 +45,35 @@ SUGGESTED = "Llama, Qwen, Mistral, Gemma, OLMo, SmolLM and GPT-2 can be reward m
 
 
 def load_reward_model(
-    name: str | Path | LoadedModel, *, dtype: DtypeName = "auto", device: str = "auto", seed: int = 0
+    name: str | Path | LoadedModel,
+    *,
+    dtype: DtypeName = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    scores_each: Literal["completion", "step"] = "completion",
 ) -> LoadedModel:
     """A saved reward model as it is, or a new one on the trunk of a causal language model.
 
     ``name``: what ``load_model`` takes, or a model that is loaded already and keeps its precision and device (of a
     causal language model the weights are copied). A new head is drawn as ``new_score_head`` says. Padding and end token
-    are kept apart (see ``separate_padding``).
+    are kept apart (see ``separate_padding``). ``scores_each``: what the head is to judge; a saved model's config says
+    what its head was trained to judge, if it was trained here.
 
-    Raises ``ModelError`` as ``load_model`` does, and for more than one label.
+    Raises ``ModelError`` as ``load_model`` does, for more than one label, and for a model that judges the other.
     """
+    loaded = _saved_or_new(name, dtype=dtype, device=device, seed=seed)
+    trained = getattr(loaded.model.config, "scores_each", None)
+    if trained not in (None, scores_each):
+        raise ModelError(
+            f"is a reward model that scores each {trained}, not each {scores_each}",
+            where=loaded.name,
+            way_out=f"{'add' if trained == 'step' else 'leave out'} --process, or start from a causal language model",
+        )
+    loaded.model.config.scores_each = scores_each  # pyright: ignore[reportAttributeAccessIssue]
+    return loaded
+
+
+def _saved_or_new(name: str | Path | LoadedModel, *, dtype: DtypeName, device: str, seed: int) -> LoadedModel:
     if isinstance(name, LoadedModel):
         return checked_reward_model(name) if is_reward_model(name.model) else reward_model_on(name, seed=seed)
     target = resolve_device(device)
@@ -82,7 +101,7 @@ def checked_reward_model(loaded: LoadedModel) -> LoadedModel:
         warnings.warn(
             f"{loaded.name}: its padding token was an end token or missing; it pads with {tokenizer.pad_token!r} now, "
             "so that scores are read at the end token",
-            stacklevel=3,
+            stacklevel=4,
         )
     return LoadedModel(train_padding_row(model).eval(), tokenizer, loaded.name)
 

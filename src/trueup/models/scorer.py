@@ -82,20 +82,22 @@ class Scorer(nn.Module):
 
 
 class RewardScorer(nn.Module):
-    """One score per completion from a sequence-classification model with one label. Made by ``prepare_reward_scorer``.
+    """Scores of a sequence-classification model with one label. Made by ``prepare_reward_scorer``.
 
-    Its trunk, then its ``score`` head at each completion's last token; there is no language-model head.
+    Its trunk, then its ``score`` head; there is no language-model head. ``where`` it is read: "last", at each
+    completion's last token, or "step_ends", at the last token of each step.
     """
 
-    def __init__(self, model: nn.Module, path: str = "tree") -> None:
+    def __init__(self, model: nn.Module, path: str = "tree", *, where: str = "last") -> None:
         super().__init__()
         self.model = model
         self.path = path
+        self.where = where
 
     def forward(self, batch: TreeBatch) -> Tensor:
-        """Score every completion of the batch: float32 [C]."""
+        """Score every completion of the batch, float32 [C], or every step, [M]: in the order of the batch's indices."""
         model = plain_model(self.model)
-        return model.score(_hidden_states(model, batch, self.path, "last")).squeeze(-1).float()
+        return model.score(_hidden_states(model, batch, self.path, self.where)).squeeze(-1).float()
 
 
 def plain_model(model: nn.Module) -> Any:
@@ -104,7 +106,7 @@ def plain_model(model: nn.Module) -> Any:
 
 
 def _hidden_states(model: Any, batch: TreeBatch, path: str, where: str) -> Tensor:
-    """The backbone's last hidden states at ``batch.scored`` [S, D] or at ``batch.last`` [C, D].
+    """The backbone's last hidden states at the batch's "scored" [S, D], "last" [C, D] or "step_ends" [M, D].
 
     The backward pass of ``index_select`` adds row by row in order: the gradient of a state that is read several times
     (a prompt's last) is the same to the bit in every run on a CPU. That of ``hidden[index]`` is not.
@@ -204,6 +206,7 @@ def prepare_scorer(model: nn.Module, *, neftune_alpha: float = 0.0) -> Scorer:
 def prepare_reward_scorer(model: nn.Module) -> RewardScorer:
     """A ``RewardScorer`` for a sequence-classification model, checked as ``prepare_scorer`` does.
 
+    It scores steps where the model's config says so (``scores_each``, see ``load_reward_model``), else completions.
     Raises ``ModelError`` unless the model has a ``score`` head with one label, or if no path reproduces it.
     """
     inner = plain_model(model)
@@ -212,15 +215,17 @@ def prepare_reward_scorer(model: nn.Module) -> RewardScorer:
             f"{type(inner).__name__} has no 'score' head with one label",
             way_out="load it as AutoModelForSequenceClassification with num_labels=1",
         )
-    candidates = [RewardScorer, partial(RewardScorer, path="padded")]
-    return _first_exact(model, candidates, _plain_scores, lambda scorer, batch: scorer(batch))
+    where = "step_ends" if getattr(inner.config, "scores_each", None) == "step" else "last"
+    candidates = [partial(RewardScorer, path=path, where=where) for path in ("tree", "padded")]
+    return _first_exact(model, candidates, partial(_plain_scores, where=where), lambda scorer, batch: scorer(batch))
 
 
-def _plain_sequences(batch: TreeBatch) -> Iterator[Tensor]:
-    """Each completion behind its prompt, alone: int64 [1, L]."""
+def _plain_sequences(batch: TreeBatch, where: str = "last") -> Iterator[Tensor]:
+    """What stands before each place, alone: int64 [1, L]. Before its last token, the completion behind its prompt."""
     rows = batch.padded()
-    for tokens, real in zip(rows.tokens, rows.attention_mask, strict=True):
-        yield tokens[None, : int(real.sum())]
+    for place in getattr(rows, where).tolist():
+        row, column = divmod(place, rows.tokens.shape[1])
+        yield rows.tokens[row : row + 1, : column + 1]
 
 
 def _plain_logprobs(model: nn.Module, batch: TreeBatch) -> Tensor:
@@ -232,9 +237,10 @@ def _plain_logprobs(model: nn.Module, batch: TreeBatch) -> Tensor:
     return torch.cat(logprobs)
 
 
-def _plain_scores(model: nn.Module, batch: TreeBatch) -> Tensor:
-    """The truth for a ``RewardScorer``: [C]."""
-    return torch.cat([model(input_ids=sequence, use_cache=False).logits[0] for sequence in _plain_sequences(batch)])
+def _plain_scores(model: nn.Module, batch: TreeBatch, where: str) -> Tensor:
+    """The truth for a ``RewardScorer``, [C] or [M]: transformers reads the score at the end of what it is given."""
+    sequences = _plain_sequences(batch, where)
+    return torch.cat([model(input_ids=sequence, use_cache=False).logits[0] for sequence in sequences])
 
 
 def _first_exact(
@@ -310,7 +316,10 @@ def _difference(score: Callable[[], Tensor], expected: Tensor, tolerance: float)
 
 
 def check_batch(model: Any) -> TreeBatch:
-    """Two groups of mixed lengths, all longer than the lowered window, of random tokens other than the pad token."""
+    """Two groups of mixed lengths, all longer than the lowered window, of random tokens other than the pad token.
+
+    Every completion is of two steps, the first of one token.
+    """
     rng = np.random.default_rng(0)
     num_tokens = min(model.get_input_embeddings().num_embeddings, 1000)
     usable = np.setdiff1d(np.arange(num_tokens), [model.config.get_text_config().pad_token_id or 0])
@@ -319,7 +328,10 @@ def check_batch(model: Any) -> TreeBatch:
         return rng.choice(usable, length)
 
     groups = [
-        CompletionGroup(prompt=draw(prompt), completions=tuple(Completion(tokens=draw(n)) for n in lengths))
+        CompletionGroup(
+            prompt=draw(prompt),
+            completions=tuple(Completion(tokens=draw(n), step_ends=np.array([0, n - 1])) for n in lengths),
+        )
         for prompt, lengths in ((6, (5, 3)), (3, (7, 2)))
     ]
     return tree_batch(groups, model.device)

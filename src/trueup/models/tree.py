@@ -80,8 +80,8 @@ class TreeLayout:
 class PaddedRows(NamedTuple):
     """The same batch as one right-padded row per completion, its prompt repeated: [C, L].
 
-    ``stream`` [C, L]: the stream index of each token. ``scored`` [S] and ``last`` [C] index the flattened rows and mean
-    what they mean in the ``TreeBatch``.
+    ``stream`` [C, L]: the stream index of each token. ``scored`` [S], ``last`` [C] and ``step_ends`` [M] index the
+    flattened rows and mean what they mean in the ``TreeBatch``.
     """
 
     tokens: Tensor
@@ -89,6 +89,7 @@ class PaddedRows(NamedTuple):
     stream: Tensor
     scored: Tensor
     last: Tensor
+    step_ends: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +100,8 @@ class TreeBatch:
     ``scored``: int64 [S], the stream index of the hidden state that predicts each scored token: the prompt's last token
     scores the first token of all its completions. ``targets``: int64 [S], those tokens. ``places``: int64 [S], where
     each stands in ``rows``. ``lengths``, ``last``, ``group_of``: int64 [C], a completion's number of tokens, the stream
-    index of its last token, and its group's number. Completions stand in the order of the groups.
+    index of its last token, and its group's number. ``step_ends``: int64 [M], the stream index of the last token of
+    each step of the completions that are divided into steps. Completions stand in the order of the groups.
     """
 
     tokens: Tensor
@@ -110,6 +112,7 @@ class TreeBatch:
     places: Tensor
     lengths: Tensor
     last: Tensor
+    step_ends: Tensor
     group_of: Tensor
     num_groups: int
 
@@ -152,13 +155,12 @@ class TreeBatch:
         # A token that is n places before its completion's end is so in its row too.
         completion, column = np.divmod(self.places.cpu().numpy(), self.longest)
         scored = last[completion] - self.lengths.cpu().numpy()[completion] + column
-        device = self.tokens.device
-        stream, attention_mask = torch.from_numpy(index).to(device), torch.from_numpy(real).to(device)
+        in_rows = np.zeros(len(self.tokens), dtype=np.int64)
+        in_rows[index[real == 1]] = np.flatnonzero(real)  # a completion's token stands in one row only
+        arrays = (index, real, scored, last, in_rows[self.step_ends.cpu().numpy()])
+        stream, attention_mask, *places = (torch.from_numpy(array).to(self.tokens.device) for array in arrays)
         # Padding is never looked at, so any token serves; 0 exists in every vocabulary.
-        tokens = self.tokens[stream] * attention_mask
-        return PaddedRows(
-            tokens, attention_mask, stream, torch.from_numpy(scored).to(device), torch.from_numpy(last).to(device)
-        )
+        return PaddedRows(self.tokens[stream] * attention_mask, attention_mask, stream, *places)
 
 
 def tree_batch(groups: Sequence[CompletionGroup], device: torch.device | str = "cpu") -> TreeBatch:
@@ -169,7 +171,7 @@ def tree_batch(groups: Sequence[CompletionGroup], device: torch.device | str = "
     """
     if not groups:
         raise ValueError("a batch needs at least one group")
-    tokens, spans, masks = [], [], []
+    tokens, spans, masks, step_ends = [], [], [], []
     start = 0
     for group in groups:
         lengths = tuple(len(completion.tokens) for completion in group.completions)
@@ -182,6 +184,11 @@ def tree_batch(groups: Sequence[CompletionGroup], device: torch.device | str = "
         span = GroupSpan(start, len(group.prompt), lengths)
         tokens += [group.prompt, *(completion.tokens for completion in group.completions)]
         masks += [completion.completion_mask for completion in group.completions]
+        step_ends += [
+            branch.start + completion.step_ends
+            for branch, completion in zip(span.branches, group.completions, strict=True)
+            if completion.step_ends is not None
+        ]
         spans.append(span)
         start = span.stop
 
@@ -217,6 +224,7 @@ def tree_batch(groups: Sequence[CompletionGroup], device: torch.device | str = "
         places=put(places[written]),
         lengths=put(lengths),
         last=put(last),
+        step_ends=put(np.concatenate([np.empty(0, dtype=np.int64), *step_ends])),
         group_of=put(group_of),
         num_groups=len(spans),
     )
