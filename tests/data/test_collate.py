@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trueup.data.collate import (
+    MOST_SIBLINGS,
     batches,
     epoch_order,
     first_human_turn,
     is_held_out,
+    merge_prompts,
     micro_batches,
     num_steps,
+    prompt_families,
+    siblings_together,
     split_holdout,
+    train_all_tokens,
 )
 from trueup.data.formats import ReadReport, read_examples
 from trueup.errors import SettingsError
@@ -96,6 +101,137 @@ def test_micro_batches_put_like_lengths_together_the_longest_first() -> None:
     assert micro_batches([], 16) == []
     with pytest.raises(SettingsError, match="tokens_per_batch"):
         micro_batches(groups, 0)
+
+
+# ------------------------------------------------------------------------------------------------------ shared prompts
+
+families_of = st.lists(st.integers(0, 6), min_size=1, max_size=60).map(lambda numbers: np.array(numbers))
+
+
+def demonstration(prompt: list[int], *completion: int, where: str = "") -> CompletionGroup:
+    return CompletionGroup(prompt=np.array(prompt), completions=(Completion(tokens=np.array(completion)),), where=where)
+
+
+def test_an_order_with_siblings_that_other_machines_and_versions_must_repeat() -> None:
+    families = np.array([0, 1, 0, 2, 1, 0, 3, 0, 1, 4])
+    assert epoch_order(10, seed=7, epoch=3, families=families).tolist() == [3, 8, 1, 4, 9, 2, 0, 7, 5, 6]
+
+
+def test_siblings_by_hand() -> None:
+    families = np.array([0, 1, 0, 2, 1, 0, 3, 0, 1, 4])
+    order = np.array([2, 4, 7, 3, 5, 1, 8, 9, 0, 6])
+    deal = -np.arange(10)  # the last of a family first
+    # Family 0 (rows 0, 2, 5, 7) stands where row 0 stood, its second pair where row 5 did; family 1 at rows 1 and 8.
+    assert siblings_together(order, deal, families).tolist() == [3, 8, 4, 1, 9, 7, 5, 2, 0, 6]
+    assert siblings_together(order, deal, families, most=2).tolist() == [3, 2, 0, 8, 4, 1, 9, 7, 5, 6]
+
+
+@given(families_of, st.integers(0, 2**63), st.integers(1, 9))
+def test_siblings_are_neighbours_in_parts_that_are_not_too_large(families: np.ndarray, seed: int, most: int) -> None:
+    order, deal = (epoch_order(len(families), seed, epoch) for epoch in (0, 1))
+    order = siblings_together(order, deal, families, most)
+    assert sorted(order.tolist()) == list(range(len(families)))
+    in_order = families[order].tolist()
+    for family, size in zip(*np.unique(families, return_counts=True), strict=True):
+        places = [place for place, found in enumerate(in_order) if found == family]
+        stretches = 1 + sum(right - left > 1 for left, right in pairwise(places))
+        assert stretches <= -(-size // most)
+
+
+@given(st.integers(1, 40), st.integers(0, 2**63))
+def test_rows_without_siblings_keep_their_order(num_groups: int, seed: int) -> None:
+    order = epoch_order(num_groups, seed, 0, families=np.arange(num_groups)[::-1].copy())
+    assert np.array_equal(order, epoch_order(num_groups, seed, 0))
+
+
+def test_no_part_comes_sooner_because_it_is_large() -> None:
+    """Families of 1, 2, 7 and 20 rows, at most 8 in a part: the first row of an epoch is of each by its parts."""
+    families = np.repeat([0, 1, 2, 3], [1, 2, 7, 20])
+    firsts = [families[epoch_order(30, 5, epoch, families)[0]] for epoch in range(3000)]
+    expected = 3000 * np.array([1, 1, 1, 3]) / 6
+    assert ((np.bincount(firsts) - expected) ** 2 / expected).sum() < 25
+
+
+def test_every_row_of_a_large_family_is_as_likely_in_every_place() -> None:
+    """Chi-square over 3,000 orders of 12 rows of one prompt: 121 degrees of freedom, far tail."""
+    counts = np.zeros((12, 12))
+    for epoch in range(3000):
+        counts[np.arange(12), epoch_order(12, 2, epoch, families=np.zeros(12, dtype=np.int64))] += 1
+    expected = 3000 / 12
+    assert ((counts - expected) ** 2 / expected).sum() < 200
+
+
+@given(families_of, st.integers(1, 7), st.integers(0, 2**40), st.integers(0, 30))
+def test_steps_of_siblings_hold_as_many_rows_and_resume(
+    families: np.ndarray, batch_size: int, seed: int, start: int
+) -> None:
+    def steps(start: int) -> list[list[int]]:
+        found = batches(len(families), batch_size, seed=seed, num_epochs=2, start_step=start, families=families)
+        return [indices.tolist() for _, _, indices in found]
+
+    alone = [len(indices) for *_, indices in batches(len(families), batch_size, seed=seed, num_epochs=2)]
+    assert [len(step) for step in steps(0)] == alone
+    assert sorted(chain.from_iterable(steps(0))) == sorted([*range(len(families))] * 2)
+    assert steps(start) == steps(0)[start:]
+
+
+def test_families_are_prompts_of_the_same_tokens() -> None:
+    groups = [demonstration(prompt, 9) for prompt in ([1, 2], [3, 4], [1, 2], [1], [1], [1, 2, 3], [3, 4])]
+    assert prompt_families(groups).tolist() == [0, 1, 0, 2, 3, 4, 1]  # a prompt of one token is nobody's to share
+    narrow = CompletionGroup(prompt=np.array([1, 2], dtype=np.int32), completions=groups[0].completions)
+    assert prompt_families([groups[0], narrow]).tolist() == [0, 0]
+    assert prompt_families([]).tolist() == []
+
+
+def test_one_prompt_becomes_one_group() -> None:
+    groups = [
+        demonstration([1, 2], 5, where="a:1"),
+        demonstration([3, 4], 6, where="a:2"),
+        demonstration([1, 2], 7, 8, where="a:3"),
+        demonstration([1, 2], 5, where="a:4"),
+    ]
+    shared, alone = merge_prompts(groups, 100)
+    assert alone is groups[1]
+    assert shared.prompt.tolist() == [1, 2]
+    assert [completion.tokens.tolist() for completion in shared.completions] == [[5], [7, 8], [5]]
+    assert shared.where == "a:1, a:3, a:4"
+    assert [group.num_tokens for group in merge_prompts(groups, 5)] == [5, 3, 3]  # 2 + 1 + 2, and the last one alone
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5)), max_size=25), st.integers(1, 30))
+def test_merging_keeps_every_row_and_the_limit(rows: list[tuple[int, int]], limit: int) -> None:
+    prompts = [[1], [1, 1], [2, 2], [2, 2, 2]]
+    groups = [demonstration(prompts[which], *[number] * length) for number, (which, length) in enumerate(rows)]
+    merged = merge_prompts(groups, limit)
+
+    def named(groups: list[CompletionGroup]) -> list[tuple[list[int], list[int]]]:
+        return sorted((g.prompt.tolist(), c.tokens.tolist()) for g in groups for c in g.completions)
+
+    assert named(merged) == named(groups)
+    assert all(len(group.completions) == 1 or group.num_tokens <= limit for group in merged)
+    assert all(len(group.completions) == 1 for group in merged if len(group.prompt) == 1)
+    if limit == 30 and all(length == 1 for _, length in rows):
+        assert len({tuple(group.prompt) for group in merged if len(group.prompt) > 1}) == sum(
+            len(group.prompt) > 1 for group in merged
+        )
+
+
+def test_most_siblings_save_what_the_constant_says() -> None:
+    assert 1 - 1 / MOST_SIBLINGS == 7 / 8
+
+
+def test_all_tokens_trained() -> None:
+    tokens, mask = np.array([4, 5, 6]), np.array([True, False, True])
+    group = CompletionGroup(prompt=np.array([1, 2, 3]), completions=(Completion(tokens=tokens, mask=mask),), where="w")
+    whole = train_all_tokens(group)
+    assert whole.prompt.tolist() == [1]
+    (completion,) = whole.completions
+    assert completion.tokens.tolist() == [2, 3, 4, 5, 6]
+    assert completion.completion_mask.all()
+    assert whole.where == "w"
+    assert whole.num_tokens == group.num_tokens
+    again = train_all_tokens(whole)
+    assert again.completions[0].tokens.tolist() == completion.tokens.tolist()
 
 
 # ------------------------------------------------------------------------------------------------------- held-out part

@@ -36,11 +36,13 @@ def test_a_batch_by_hand() -> None:
     assert batch.last.tolist() == [3, 5, 9]
     assert batch.group_of.tolist() == [0, 0, 1]
     assert batch.num_groups == 2
+    assert batch.sequence_lengths.tolist() == [5, 5, 5, 4, 5, 5, 4, 4, 4, 4]  # the prompt's: of the longer completion
     assert batch.rows(batch.targets).tolist() == [[13, 0, 0], [14, 0, 0], [21, 22, 23]]
     assert batch.row_mask.tolist() == [[True, False, False], [True, False, False], [True, True, True]]
     rows = batch.padded()
     assert rows.tokens.tolist() == [[10, 11, 12, 13, 0], [10, 11, 12, 14, 15], [20, 21, 22, 23, 0]]
     assert rows.attention_mask.sum(-1).tolist() == [4, 5, 4]
+    assert rows.stream.tolist() == [[0, 1, 2, 3, 0], [0, 1, 2, 4, 5], [6, 7, 8, 9, 0]]
     assert rows.scored.tolist() == [2, 7, 10, 11, 12]
     assert rows.last.tolist() == [3, 9, 13]
 
