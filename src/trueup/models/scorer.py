@@ -183,7 +183,8 @@ def _module_scores(
 
     chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
     scored: list[Any] = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
-    return TokenStatistics(*(None if found[0] is None else torch.cat(found) for found in zip(*scored, strict=True)))
+    joined: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in zip(*scored, strict=True)]
+    return TokenStatistics(*joined)
 
 
 # --- the check at load

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any, Literal, TypeGuard
 
+import numpy as np
+
 from trueup.data.chat import TokenizeSettings, stop_token_ids, tokenize_group
-from trueup.data.collate import batches, num_steps, split_holdout
+from trueup.data.collate import batches, merge_prompts, num_steps, prompt_families, split_holdout
 from trueup.data.formats import ReadReport, read_examples
 from trueup.errors import DataError, SettingsError
 from trueup.records import CompletionGroup, RankedCompletions
 from trueup.trainers.settings import TrainSettings
 
 Task = Literal["sft", "preference"]
+Step = tuple[int, float, list[CompletionGroup]]
+"""(step, epochs done when it is over, the groups of the step)"""
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,8 @@ class Inputs:
     """What a loop reads."""
 
     num_steps: int
-    steps: Callable[[int], Iterator[tuple[int, float, list[CompletionGroup]]]]
-    """From a step number on: (step, epochs done when it is over, the groups of the step)."""
+    steps: Callable[[int], Iterator[Step]]
+    """From a step number on."""
     held_out: list[CompletionGroup]
     sampled: list[CompletionGroup]
     """The groups whose prompts are answered at every evaluation."""
@@ -41,11 +45,16 @@ def load_inputs(
     eval_data: Any = None,
     check: Callable[[CompletionGroup], None] = lambda group: None,
     context_length: int | None = None,
+    trained_as: Callable[[CompletionGroup], CompletionGroup] = lambda group: group,
+    share_prompts: bool = False,
 ) -> Inputs:
     """Read, split, tokenise. What was read, dropped and cut is told in one line each for training and held-out data.
 
     ``data`` and ``eval_data``: rows, a ``datasets`` object or ``CompletionGroup`` objects, in place of the settings'.
     ``check`` raises for a group that the loop can't use. ``context_length``: most tokens that the model can read.
+    ``trained_as``: what becomes of a group in steps and evaluations; what is sampled keeps its prompt.
+    ``share_prompts``: the rows of one prompt come together, and those of one step as one group (of a stream, which is
+    not shuffled, those that the step happens to hold). A step has ``batch_size`` rows either way.
     Raises ``SettingsError`` without data, ``DataError`` for what can't be read and where no row is left.
     """
     source = data if data is not None else settings.data
@@ -96,19 +105,26 @@ def load_inputs(
         say(f"held-out data: {report.summary()}")
         return groups
 
+    def together(groups: Iterable[CompletionGroup]) -> list[CompletionGroup]:
+        groups = list(groups)
+        return merge_prompts(groups, settings.tokens_per_batch) if share_prompts else groups
+
+    def arranged(steps: Iterator[Step]) -> Iterator[Step]:
+        return ((step, epoch, together(groups)) for step, epoch, groups in steps)
+
     if settings.streaming:
 
         def stream() -> Iterator[CompletionGroup]:
             if is_tokenized(source):
-                return checked(source[: settings.limit])
-            return tokenize(read(source, report, settings.limit), report)
+                return map(trained_as, checked(source[: settings.limit]))
+            return map(trained_as, tokenize(read(source, report, settings.limit), report))
 
         report = ReadReport()
         held_out = held_out_groups()
         return Inputs(
             num_steps=settings.max_steps or 0,
-            steps=lambda start: _stream_steps(stream, settings, start),
-            held_out=held_out,
+            steps=lambda start: arranged(_stream_steps(stream, settings, start)),
+            held_out=together(map(trained_as, held_out)),
             sampled=held_out[: settings.num_samples],
             stop_tokens=stop_tokens,
         )
@@ -123,22 +139,30 @@ def load_inputs(
         say(f"data: {report.summary()}; {len(groups):,} to train on, {len(held_out):,} held out")
     if not groups:
         raise DataError("no row is left to train on", where=_name(source), way_out="look at it: trueup data check FILE")
+    sampled = (held_out or groups)[: settings.num_samples]
+    groups = list(map(trained_as, groups))
+    families = prompt_families(groups) if share_prompts else None
     total = num_steps(len(groups), settings.batch_size, settings.num_epochs)
     return Inputs(
         num_steps=min(total, settings.max_steps or total),
-        steps=lambda start: _shuffled_steps(groups, settings, start),
-        held_out=held_out,
-        sampled=(held_out or groups)[: settings.num_samples],
+        steps=lambda start: arranged(_shuffled_steps(groups, families, settings, start)),
+        held_out=together(map(trained_as, held_out)),
+        sampled=sampled,
         stop_tokens=stop_tokens,
     )
 
 
 def _shuffled_steps(
-    groups: Sequence[CompletionGroup], settings: TrainSettings, start: int
-) -> Iterator[tuple[int, float, list[CompletionGroup]]]:
+    groups: Sequence[CompletionGroup], families: np.ndarray | None, settings: TrainSettings, start: int
+) -> Iterator[Step]:
     per_epoch = num_steps(len(groups), settings.batch_size, 1)
     steps = batches(
-        len(groups), settings.batch_size, seed=settings.seed, num_epochs=settings.num_epochs, start_step=start
+        len(groups),
+        settings.batch_size,
+        seed=settings.seed,
+        num_epochs=settings.num_epochs,
+        start_step=start,
+        families=families,
     )
     for step, _, indices in steps:
         if settings.max_steps is not None and step >= settings.max_steps:
@@ -148,7 +172,7 @@ def _shuffled_steps(
 
 def _stream_steps(
     stream: Callable[[], Iterator[CompletionGroup]], settings: TrainSettings, start: int
-) -> Iterator[tuple[int, float, list[CompletionGroup]]]:
+) -> Iterator[Step]:
     """Batches in the order of the file, from its start again where it ends; what earlier steps took is read over."""
 
     def endless() -> Iterator[tuple[int, CompletionGroup]]:

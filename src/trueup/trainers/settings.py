@@ -69,7 +69,7 @@ class TrainSettings:
     max_steps: int | None = None
     """Stop after this many optimiser steps."""
     batch_size: int = 16
-    """Prompts per optimiser step."""
+    """Rows (demonstrations, pairs, ranked lists) per optimiser step."""
     tokens_per_batch: int = 4096
     """Most tokens in one forward and backward pass. Lower it when memory runs out: the result is the same."""
     learning_rate: float = 1e-5
@@ -152,6 +152,22 @@ class SFTSettings(TrainSettings):
     """Folder of this run: settings, metrics, samples and checkpoints."""
     learning_rate: float = 2e-5
     """Peak learning rate. With LoRA, about ten times as much."""
+    train_on: Literal["completion", "all"] = "completion"
+    """Which tokens are trained: those of the completion (in a conversation the assistant's, see --train-turns), or all,
+    prompts and other people's turns too."""
+    share_prompts: bool = True
+    """Up to eight rows with the same prompt come together in a step, and compute it once; otherwise every row is
+    shuffled by itself. What a step's loss is, and its number of rows, does not depend on it."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread evenly over the vocabulary, in [0, 1)."""
+    neftune_alpha: float = 0.0
+    """Scale of uniform noise on the input embeddings in training (NEFTune); 5 is usual, 0 is none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "label_smoothing", at_least=0, below=1)
+        check_range(self, "neftune_alpha", at_least=0, below=math.inf)
+        check_used(self, self.train_on == "completion", "--train-on completion", "train_turns", "share_prompts")
 
 
 @dataclass(frozen=True, kw_only=True)
