@@ -6,50 +6,66 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import logsigmoid, softplus
 
+from trueup.objectives.logprobs import sequence_logprobs
 from trueup.objectives.optimum import kl_regularized_optimum
+from trueup.objectives.pointwise import apo_zero
 from trueup.objectives.preference import (
+    MAX_EXPONENT,
+    Divergence,
+    aot,
+    apo_down,
     bradley_terry_logprob,
     conservative_dpo,
+    discopop,
+    divergence_rewards,
     dpo,
     dpo_by_index,
+    exo,
     hinge,
     implicit_rewards,
     ipo,
-    odds_ratio_loss,
-    orpo,
+    length_desensitized_logprobs,
+    match_ranks,
     plackett_luce_dpo,
     plackett_luce_logprob,
     reward_model_loss,
     robust_dpo,
     rpo,
-    simpo,
+    wpo_weights,
 )
 
-PairLoss = Callable[..., Tensor]
+PairLoss = Callable[[Tensor, Tensor], Tensor]
 
-LENGTHS = {"chosen_lengths": torch.tensor([3, 7, 2, 9]), "rejected_lengths": torch.tensor([4, 4, 11, 1])}
-
-WITH_REFERENCE: dict[str, PairLoss] = {
+MARGIN_LOSSES: dict[str, PairLoss] = {
     "dpo": partial(dpo, beta=0.7),
     "conservative": partial(conservative_dpo, beta=0.7, label_smoothing=0.2),
     "robust": partial(robust_dpo, beta=0.7, label_smoothing=0.2),
+    "exo": partial(exo, beta=0.7, label_smoothing=0.2),
     "ipo": partial(ipo, beta=0.7),
-    "ipo by length": partial(ipo, beta=0.7, **LENGTHS),
     "hinge": partial(hinge, beta=0.7),
-    "rpo": partial(rpo, beta=0.7, alpha=1.3, chosen_lengths=LENGTHS["chosen_lengths"]),
+    "discopop": partial(discopop, beta=0.7, tau=0.3),
 }
-WITHOUT_REFERENCE: dict[str, PairLoss] = {
-    "simpo": partial(simpo, beta=2.0, margin=0.5, **LENGTHS),
-    "odds ratio": partial(odds_ratio_loss, **LENGTHS),
-    "orpo": partial(orpo, coef=0.4, **LENGTHS),
+"""Those that see only the difference of the log-ratios."""
+PAIR_LOSSES = MARGIN_LOSSES | {
+    "apo_down": partial(apo_down, beta=0.7),
+    "rpo": lambda chosen, rejected: rpo(chosen, rejected, chosen / 3, beta=0.7, alpha=1.3),
 }
+DIVERGENCES: list[tuple[Divergence, float]] = [
+    ("reverse_kl", 0.5),
+    ("forward_kl", 0.5),
+    ("jensen_shannon", 0.5),
+    ("alpha", 0.3),
+    ("alpha", 0.8),
+]
 
 
 def t(*numbers: float) -> Tensor:
@@ -64,20 +80,8 @@ def random_normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def newton(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """The minimiser of a smooth convex loss that is flat along a constant shift, to the last digits of float64."""
-    x = start.clone()
-    for _ in range(60):
-        gradient = torch.autograd.functional.jacobian(loss, x)
-        if gradient.abs().max() < 1e-13:
-            return x
-        step = torch.linalg.pinv(torch.autograd.functional.hessian(loss, x), hermitian=True) @ gradient
-        size = 1.0
-        while size > 1e-6 and loss(x - size * step) > loss(x):
-            size /= 2
-        x = x - size * step
-    assert gradient.abs().max() < 1e-10, "Newton's method has not converged"
-    return x
+def random_pair(size: int) -> tuple[Tensor, Tensor]:
+    return 3 * random_normal(size), 3 * random_normal(size, seed=1)
 
 
 # --- goldens -----------------------------------------------------------------------------------------------------
@@ -117,49 +121,102 @@ def test_margin_of_a_list_is_the_lead_of_its_first() -> None:
 
 
 def test_pair_loss_goldens() -> None:
-    # log-ratios: chosen −5 − (−6) = 1, rejected −7 − (−5) = −2, so h = 3
-    four = t(-5), t(-7), t(-6), t(-5)
+    pair = t(1), t(-2)  # log-ratios, so h = 3
     three_to_one = math.log(3) / 3  # with this β, β·h = log 3 and σ(β·h) = 3/4
-    assert dpo(*four, beta=three_to_one).item() == pytest.approx(-math.log(3 / 4))
-    smoothed = conservative_dpo(*four, beta=three_to_one, label_smoothing=0.25)
+    assert dpo(*pair, beta=three_to_one).item() == pytest.approx(-math.log(3 / 4))
+    smoothed = conservative_dpo(*pair, beta=three_to_one, label_smoothing=0.25)
     assert smoothed.item() == pytest.approx(-0.75 * math.log(3 / 4) - 0.25 * math.log(1 / 4))
-    robust = robust_dpo(*four, beta=three_to_one, label_smoothing=0.25)
+    robust = robust_dpo(*pair, beta=three_to_one, label_smoothing=0.25)
     assert robust.item() == pytest.approx((-0.75 * math.log(3 / 4) + 0.25 * math.log(1 / 4)) / 0.5)
-    assert ipo(*four, beta=0.25).item() == pytest.approx((3 - 2) ** 2)
-    two, four_tokens = torch.tensor([2]), torch.tensor([4])
-    # per token: 1/2 − (−2/4) = 1
-    assert ipo(*four, beta=0.25, chosen_lengths=two, rejected_lengths=four_tokens).item() == pytest.approx((1 - 2) ** 2)
-    assert hinge(*four, beta=0.1).item() == pytest.approx(0.7)
-    assert hinge(*four, beta=0.5).item() == 0
-    assert rpo(*four, beta=three_to_one, alpha=2.0, chosen_lengths=two).item() == pytest.approx(-math.log(3 / 4) + 5)
+    assert ipo(*pair, beta=0.25).item() == pytest.approx((3 - 2) ** 2)
+    assert hinge(*pair, beta=0.1).item() == pytest.approx(0.7)
+    assert hinge(*pair, beta=0.5).item() == 0
+    assert rpo(*pair, t(-2.5), beta=three_to_one, alpha=2.0).item() == pytest.approx(-math.log(3 / 4) + 5)
     assert implicit_rewards(t(-5, -7), t(-6, -5), 0.1).tolist() == pytest.approx([0.1, -0.2])
+    # KL((3/4, 1/4) ‖ (4/5, 1/5))
+    assert exo(*pair, beta=three_to_one, label_smoothing=0.2).item() == pytest.approx(
+        0.75 * math.log(0.75 / 0.8) + 0.25 * math.log(0.25 / 0.2)
+    )
+    # m = 3/4 of exp(−log 3) and 1/4 of −log(3/4)
+    assert discopop(*pair, beta=three_to_one, tau=1.0).item() == pytest.approx(0.75 / 3 - 0.25 * math.log(3 / 4))
+    # σ(β·u_w) with β·u_w = −log 3, and 1 − σ(β·h) with β·h = log 3
+    assert apo_down(t(-1), t(-2), beta=math.log(3)).item() == pytest.approx(1 / 4 + 1 / 4)
+    assert aot(t(-4), t(-7), beta=three_to_one).item() == pytest.approx(-math.log(3 / 4))
+    assert aot(t(-4), t(-7), beta=three_to_one, label_smoothing=0.25).item() == pytest.approx(smoothed.item())
 
 
-def test_reference_free_goldens() -> None:
-    lengths = {"chosen_lengths": torch.tensor([2]), "rejected_lengths": torch.tensor([4])}
-    # mean log-probs −1 and −2; β·1 − γ = log 3
-    lead = simpo(t(-2), t(-8), beta=2 * math.log(3), margin=math.log(3), **lengths)
-    assert lead.item() == pytest.approx(-math.log(3 / 4))
-    # geometric means 3/4 and 1/2: odds 3 and 1
-    pair = t(2 * math.log(3 / 4)), t(4 * math.log(1 / 2))
-    assert odds_ratio_loss(*pair, **lengths).item() == pytest.approx(-math.log(3 / 4))
-    assert orpo(*pair, coef=0.5, **lengths).item() == pytest.approx(-1.5 * math.log(3 / 4))
+def test_discopop_turns_where_the_paper_says() -> None:
+    """At β = τ = 0.05 the published loss has its stationary points at margins of −2.3714 and 1.44012."""
+    margins = t(-2.3714, 1.44012).requires_grad_()
+    slope = torch.autograd.grad(discopop(margins, t(0, 0), beta=0.05, tau=0.05).sum(), margins, create_graph=True)[0]
+    (curvature,) = torch.autograd.grad(slope.sum(), margins)
+    assert (slope / curvature).abs().max() < 1e-5  # to the last published digit
+    assert curvature[0] > 0 > curvature[1]
+
+
+def test_divergence_rewards_golden() -> None:
+    ratio_two = t(math.log(2))
+    expected = {"reverse_kl": math.log(2), "forward_kl": 1 - 1 / 2, "jensen_shannon": math.log(4 / 3)}
+    for divergence, value in expected.items():
+        assert divergence_rewards(ratio_two, divergence).item() == pytest.approx(value, rel=1e-15)
+    assert divergence_rewards(ratio_two, "alpha", alpha=0.5).item() == pytest.approx(2 - math.sqrt(2), rel=1e-15)
+    assert divergence_rewards(ratio_two, "alpha").item() == pytest.approx(2 - math.sqrt(2), rel=1e-15)
+
+
+def test_ranks_golden() -> None:
+    assert match_ranks(t(3, -1, 2, 9), t(10, 40, 20, 30)).tolist() == [30, 10, 20, 40]
+
+
+def test_weight_golden() -> None:
+    # a token of probability ½ from (½, ¼, ¼), whose squares sum to 3/8: 4/3; one of ¼: 2/3; masked ones don't count
+    logprobs = t(1 / 2, 1 / 4, 1 / 4).log().expand(2, 3)
+    mask = torch.tensor([[True, True, False], [False, False, True]])
+    weights = wpo_weights(logprobs, mask, torch.full((2, 3), math.log(3 / 8), dtype=torch.float64))
+    assert weights.tolist() == pytest.approx([math.sqrt(4 / 3 * 2 / 3), 2 / 3], rel=1e-15)
+    assert wpo_weights(t(-1), torch.tensor([False]), t(-2)).item() == 1
+
+
+def test_length_desensitized_golden() -> None:
+    # three scored tokens about a gap, two of them shared
+    logprobs, mask = t(-1, -64, -2, -4), torch.tensor([True, False, True, True])
+    assert length_desensitized_logprobs(logprobs, mask, torch.tensor(2), alpha=0.25).item() == -1 - 2 - 0.25 * 4
 
 
 def test_start_of_training_is_log_two() -> None:
-    chosen, rejected = random_logprobs(4), random_logprobs(4, seed=1)
-    assert dpo(chosen, rejected, chosen, rejected, beta=0.1).tolist() == pytest.approx([math.log(2)] * 4)
+    assert dpo(torch.zeros(4), torch.zeros(4), beta=0.1).tolist() == pytest.approx([math.log(2)] * 4)
 
 
 # --- gradients ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*WITH_REFERENCE, *WITHOUT_REFERENCE])
+@pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_gradients_of_pair_losses(name: str) -> None:
-    loss = (WITH_REFERENCE | WITHOUT_REFERENCE)[name]
-    num_arguments = 4 if name in WITH_REFERENCE else 2
-    arguments = [random_logprobs(4, seed=i).requires_grad_() for i in range(num_arguments)]
-    assert torch.autograd.gradcheck(loss, arguments)
+    assert torch.autograd.gradcheck(PAIR_LOSSES[name], [x.requires_grad_() for x in random_pair(5)])
+
+
+@pytest.mark.parametrize(("divergence", "alpha"), DIVERGENCES)
+def test_gradients_of_divergence_rewards(divergence: Divergence, alpha: float) -> None:
+    log_ratios = (3 * random_normal(5)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda u: divergence_rewards(u, divergence, alpha=alpha), log_ratios)
+
+
+def test_gradients_of_aot_and_desensitized_logprobs() -> None:
+    values, targets = random_pair(5)
+    values.requires_grad_()
+    matched = match_ranks(values, targets)
+    assert torch.autograd.gradcheck(lambda v: aot(v, matched, beta=0.7, label_smoothing=0.1), values)
+    mask = torch.tensor([[True, True, False, True], [True, True, True, True]])
+    shared = torch.tensor([2, 3])
+    logprobs = random_logprobs(2, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: length_desensitized_logprobs(p, mask, shared, alpha=0.3), logprobs)
+
+
+def test_matches_and_weights_take_no_gradient() -> None:
+    chosen, rejected = (x.requires_grad_() for x in random_pair(5))
+    assert not match_ranks(chosen, rejected).requires_grad
+    assert torch.autograd.grad(aot(chosen, rejected, beta=0.7).sum(), (chosen, rejected), allow_unused=True)[1] is None
+    mask = torch.ones(5, dtype=torch.bool)
+    assert not wpo_weights(chosen, mask, rejected).requires_grad
 
 
 def test_gradients_of_ranked_losses() -> None:
@@ -181,21 +238,38 @@ def test_gradient_of_dpo_is_that_of_the_paper() -> None:
     beta, chosen, rejected = 0.4, torch.tensor([0, 3, 1]), torch.tensor([2, 1, 4])
     ref = random_normal(5, seed=1).log_softmax(-1)
     logits = random_normal(5).requires_grad_()
-    logprobs = logits.log_softmax(-1)
-    (gradient,) = torch.autograd.grad(
-        dpo(logprobs[chosen], logprobs[rejected], ref[chosen], ref[rejected], beta=beta).sum(), logits
-    )
-    rewards = beta * (logits.log_softmax(-1) - ref).detach()
-    score_function = torch.eye(5, dtype=torch.float64) - logprobs.detach().exp()  # row y: ∇_logits log π(y)
+    log_ratios = logits.log_softmax(-1) - ref
+    (gradient,) = torch.autograd.grad(dpo(log_ratios[chosen], log_ratios[rejected], beta=beta).sum(), logits)
+    rewards = beta * log_ratios.detach()
+    score_function = torch.eye(5, dtype=torch.float64) - logits.detach().softmax(-1)  # row y: ∇_logits log π(y)
     weights = -beta * torch.sigmoid(rewards[rejected] - rewards[chosen])
     expected = (weights[:, None] * (score_function[chosen] - score_function[rejected])).sum(0)
     torch.testing.assert_close(gradient, expected, rtol=1e-13, atol=1e-13)
 
 
 def test_hinge_has_no_gradient_beyond_its_margin() -> None:
-    chosen = t(-5, -9.9).requires_grad_()
-    (gradient,) = torch.autograd.grad(hinge(chosen, t(-9, -9), t(-10, -10), t(-9, -9), beta=1.0).sum(), chosen)
+    chosen = t(5, -0.9).requires_grad_()
+    (gradient,) = torch.autograd.grad(hinge(chosen, t(0, 0), beta=1.0).sum(), chosen)
     assert gradient.tolist() == [0, -1]
+
+
+def test_exo_lets_a_badly_wrong_pair_be() -> None:
+    """Reverse KL has its gradient near its target; forward KL, cDPO, pulls hardest where the pair is most wrong."""
+    margin = t(-20).requires_grad_()
+    reverse, forward = (
+        torch.autograd.grad(loss(margin, t(0), beta=1.0, label_smoothing=0.2), margin)[0].item()
+        for loss in (exo, conservative_dpo)
+    )
+    assert -1e-6 < reverse < 0
+    assert forward == pytest.approx(-0.8, abs=1e-6)
+
+
+def test_apo_down_starts_with_the_rejected_and_takes_the_chosen_along() -> None:
+    chosen, rejected = t(0, 1).requires_grad_(), t(0, -1).requires_grad_()
+    gradients = torch.autograd.grad(apo_down(chosen, rejected, beta=0.8).sum(), (chosen, rejected))
+    assert gradients[0][0].item() == pytest.approx(0, abs=1e-16)
+    assert gradients[1][0].item() == pytest.approx(0.8 / 4)
+    assert (gradients[0][1] > 0).item()
 
 
 # --- identities --------------------------------------------------------------------------------------------------
@@ -206,9 +280,7 @@ def test_two_ranked_are_bradley_terry_to_the_bit() -> None:
     assert torch.equal(plackett_luce_logprob(scores), bradley_terry_logprob(scores[:, 0], scores[:, 1]))
     assert torch.equal(reward_model_loss(scores), -bradley_terry_logprob(scores[:, 0], scores[:, 1]))
     ours = plackett_luce_dpo(scores, ref, beta=0.3)
-    torch.testing.assert_close(
-        ours, dpo(scores[:, 0], scores[:, 1], ref[:, 0], ref[:, 1], beta=0.3), rtol=1e-14, atol=0
-    )
+    torch.testing.assert_close(ours, dpo(*(scores - ref).unbind(-1), beta=0.3), rtol=1e-13, atol=0)
 
 
 @given(st.lists(st.floats(-30, 30), min_size=1, max_size=5), st.floats(-100, 100))
@@ -229,27 +301,57 @@ def test_first_place_of_a_ranking_is_a_softmax() -> None:
 
 
 def test_no_noise_is_dpo() -> None:
-    four = [random_logprobs(6, seed=i) for i in range(4)]
-    plain = dpo(*four, beta=0.2)
-    assert torch.equal(conservative_dpo(*four, beta=0.2, label_smoothing=0.0), plain)
-    assert torch.equal(robust_dpo(*four, beta=0.2, label_smoothing=0.0), plain)
-    assert torch.equal(rpo(*four, beta=0.2, alpha=0.0, chosen_lengths=torch.full((6,), 5)), plain)
+    pair = random_pair(6)
+    plain = dpo(*pair, beta=0.2)
+    assert torch.equal(conservative_dpo(*pair, beta=0.2, label_smoothing=0.0), plain)
+    assert torch.equal(robust_dpo(*pair, beta=0.2, label_smoothing=0.0), plain)
+    assert torch.equal(rpo(*pair, random_logprobs(6), beta=0.2, alpha=0.0), plain)
 
 
-def test_dpo_is_the_reward_model_loss_of_implicit_rewards() -> None:
-    chosen, rejected, ref_chosen, ref_rejected = (random_logprobs(6, seed=i) for i in range(4))
-    rewards = implicit_rewards(torch.stack([chosen, rejected], -1), torch.stack([ref_chosen, ref_rejected], -1), 0.3)
+def test_exo_and_conservative_dpo_are_the_two_divergences_of_one_pair() -> None:
+    """KL(q ‖ p) and KL(p ‖ q) + H(p), with q the policy's choice and p the softened label."""
+    pair, noise = random_pair(6), 0.2
+    q = torch.sigmoid(0.7 * (pair[0] - pair[1]))
+    q, label = torch.stack([q, 1 - q], -1), t(1 - noise, noise)
+    reverse = (q * (q.log() - label.log())).sum(-1)
+    cross_entropy = -(label * q.log()).sum(-1)
+    torch.testing.assert_close(exo(*pair, beta=0.7, label_smoothing=noise), reverse, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(
-        reward_model_loss(rewards), dpo(chosen, rejected, ref_chosen, ref_rejected, beta=0.3), rtol=1e-13, atol=0
+        conservative_dpo(*pair, beta=0.7, label_smoothing=noise), cross_entropy, rtol=1e-11, atol=0
     )
 
 
+def test_discopop_blends_a_logistic_and_an_exponential_loss() -> None:
+    pair = random_pair(6)
+    z = 0.7 * (pair[0] - pair[1])
+    modulation = torch.sigmoid(z / 0.3)
+    blend = (1 - modulation) * softplus(-z) + modulation * torch.exp(-z)
+    torch.testing.assert_close(discopop(*pair, beta=0.7, tau=0.3), blend, rtol=1e-12, atol=0)
+    # a small τ switches
+    limit = torch.where(z > 0, torch.exp(-z), softplus(-z))
+    torch.testing.assert_close(discopop(*pair, beta=0.7, tau=1e-6), limit, rtol=1e-12, atol=0)
+
+
+def test_apo_down_anchors_the_chosen_and_compares_the_pair() -> None:
+    chosen, rejected = random_pair(6)
+    good = torch.ones(6, dtype=torch.bool)
+    anchored = apo_zero(chosen, ~good, beta=0.7) + apo_zero(chosen - rejected, good, beta=0.7)
+    torch.testing.assert_close(apo_down(chosen, rejected, beta=0.7), anchored, rtol=1e-13, atol=0)
+
+
+def test_dpo_is_the_reward_model_loss_of_implicit_rewards() -> None:
+    logprobs, ref_logprobs = random_logprobs(6, 2), random_logprobs(6, 2, seed=1)
+    rewards = implicit_rewards(logprobs, ref_logprobs, 0.3)
+    losses = dpo(*(logprobs - ref_logprobs).unbind(-1), beta=0.3)
+    torch.testing.assert_close(reward_model_loss(rewards), losses, rtol=1e-13, atol=0)
+
+
 def test_what_every_prompt_adds_cancels() -> None:
-    """A constant on both completions of a pair, under policy or reference, changes no loss of the log-ratios."""
-    four = [random_logprobs(4, seed=i) for i in range(4)]
-    shifted = four[0] - 3, four[1] - 3, four[2] + 5, four[3] + 5
-    for name in ("dpo", "conservative", "robust", "ipo", "hinge"):
-        torch.testing.assert_close(WITH_REFERENCE[name](*shifted), WITH_REFERENCE[name](*four))
+    """A constant on both log-ratios of a pair changes no loss of their margin; an anchored loss sees it."""
+    chosen, rejected = random_pair(4)
+    for loss in MARGIN_LOSSES.values():
+        torch.testing.assert_close(loss(chosen - 3, rejected - 3), loss(chosen, rejected))
+    assert (apo_down(chosen - 3, rejected - 3, beta=0.7) - apo_down(chosen, rejected, beta=0.7)).abs().min() > 1e-3
 
 
 def test_by_index_is_the_function_of_the_paper() -> None:
@@ -269,45 +371,142 @@ def test_by_index_is_the_function_of_the_paper() -> None:
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize(("divergence", "alpha"), DIVERGENCES)
+def test_divergence_rewards_are_the_derivatives_of_their_divergence(divergence: Divergence, alpha: float) -> None:
+    """g(u) = f'(e^u) − f'(1), f as in the docstring: by autograd through f."""
+    log_ratios = 2 * random_normal(6)
+    ratios = torch.cat([log_ratios.exp(), t(1)]).requires_grad_()
+    (derivative,) = torch.autograd.grad(f_divergence(divergence, alpha)(ratios).sum(), ratios)
+    ours = divergence_rewards(log_ratios, divergence, alpha=alpha)
+    torch.testing.assert_close(ours, derivative[:-1] - derivative[-1], rtol=1e-11, atol=1e-13)
+    assert divergence_rewards(t(0), divergence, alpha=alpha).item() == pytest.approx(0, abs=1e-15)
+
+
+def test_alpha_goes_from_reverse_to_forward_kl() -> None:
+    """Near both ends, and in float32 too: no digits are lost where α·u is tiny."""
+    log_ratios = 3 * random_normal(6)
+    for alpha, divergence in ((1e-7, "reverse_kl"), (1 - 1e-7, "forward_kl")):
+        expected = divergence_rewards(log_ratios, divergence)
+        torch.testing.assert_close(divergence_rewards(log_ratios, "alpha", alpha=alpha), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            divergence_rewards(log_ratios.float(), "alpha", alpha=alpha), expected.float(), rtol=1e-5, atol=0
+        )
+
+
+def test_exponential_goes_on_as_its_tangent() -> None:
+    """Value and slope meet where the exponent reaches its bound, and the slope stays from there on."""
+    edge = -MAX_EXPONENT / 0.5
+    log_ratios = t(edge + 1e-9, edge - 1e-9, 10 * edge).requires_grad_()
+    rewards = divergence_rewards(log_ratios, "alpha", alpha=0.5)
+    (slopes,) = torch.autograd.grad(rewards.sum(), log_ratios)
+    assert slopes.tolist() == pytest.approx([math.exp(MAX_EXPONENT)] * 3, rel=1e-8)
+    assert rewards[0].item() == pytest.approx(rewards[1].item(), rel=1e-8)
+    beyond = (1 - math.exp(MAX_EXPONENT)) / 0.5 + math.exp(MAX_EXPONENT) * 9 * edge
+    assert rewards[2].item() == pytest.approx(beyond, rel=1e-12)
+
+
+def test_length_desensitized_ends() -> None:
+    logprobs = random_logprobs(3, 6).masked_fill(torch.eye(3, 6, dtype=torch.bool), math.nan)
+    mask = ~torch.eye(3, 6, dtype=torch.bool)
+    shared = torch.tensor([2, 5, 9])
+    whole = sequence_logprobs(logprobs, mask)
+    assert torch.equal(length_desensitized_logprobs(logprobs, mask, shared, alpha=1.0), whole)
+    mixed = length_desensitized_logprobs(logprobs, mask, shared, alpha=0.3)
+    torch.testing.assert_close(mixed[1:], whole[1:])  # nothing lies beyond five tokens
+    cut = length_desensitized_logprobs(logprobs, mask, shared, alpha=0.0)
+    torch.testing.assert_close(cut[0], logprobs[0, 1:3].sum())
+    torch.testing.assert_close(mixed, 0.3 * whole + 0.7 * cut)
+
+
+def test_a_completion_of_the_policy_weighs_one_on_average() -> None:
+    logprobs = random_normal(50).log_softmax(-1)
+    collisions = torch.full((50, 1), (2 * logprobs).logsumexp(-1).item(), dtype=torch.float64)
+    weights = wpo_weights(logprobs[:, None], torch.ones(50, 1, dtype=torch.bool), collisions)
+    assert (logprobs.exp() @ weights).item() == pytest.approx(1, rel=1e-13)
+
+
+def test_matching_ranks_is_the_optimal_transport() -> None:
+    """Of all 120 matchings none is cheaper under the convex cost; the order of the batch does not matter."""
+    values, targets = random_pair(5)
+    ours = aot(values, match_ranks(values, targets), beta=0.7, label_smoothing=0.1).sum()
+    matchings = torch.tensor(list(itertools.permutations(range(5))))
+    every = aot(values.expand(120, 5), targets[matchings], beta=0.7, label_smoothing=0.1).sum(-1)
+    assert ours.item() == pytest.approx(every.min().item(), rel=1e-14)
+    assert ours < every.sort().values[1]
+    for order in matchings[::17]:
+        assert torch.equal(match_ranks(values[order], targets), match_ranks(values, targets)[order])
+        assert torch.equal(match_ranks(values, targets[order]), match_ranks(values, targets))
+
+
 # --- expectations: exact population losses on enumerable response spaces --------------------------------------------
 
 
-NUM_RESPONSES = 5
-PAIRS = torch.combinations(torch.arange(NUM_RESPONSES))
-"""Every pair of different responses, once."""
-
-
-def both_labels(loss: Callable[[Tensor, Tensor], Tensor], first_wins: Tensor, weights: Tensor) -> Tensor:
-    """The population loss: each pair with its weight, labelled either way with the probability of that label."""
-    first, second = PAIRS.unbind(-1)
-    return (weights * (first_wins * loss(first, second) + (1 - first_wins) * loss(second, first))).sum()
-
-
-def preference_problem(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rewards, log π_ref, the Bradley–Terry label probabilities of all pairs, and how often each pair occurs."""
-    rewards = random_normal(NUM_RESPONSES, seed=seed)
-    ref = random_normal(NUM_RESPONSES, seed=seed + 1).log_softmax(-1)
-    weights = random_normal(len(PAIRS), seed=seed + 2).exp()
-    return rewards, ref, torch.sigmoid(rewards[PAIRS[:, 0]] - rewards[PAIRS[:, 1]]), weights
+def f_divergence(divergence: Divergence, alpha: float) -> Callable[[Tensor], Tensor]:
+    """f of Σ_y π_ref·f(π/π_ref)."""
+    return {
+        "reverse_kl": lambda x: x * x.log(),
+        "forward_kl": lambda x: -x.log(),
+        "jensen_shannon": lambda x: x * x.log() - (x + 1) * ((x + 1) / 2).log(),
+        "alpha": lambda x: (x ** (1 - alpha) - (1 - alpha) * x - alpha) / (alpha * (alpha - 1)),
+    }[divergence]
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 3.0])
-def test_dpo_ends_at_the_kl_regularised_optimum(beta: float) -> None:
-    rewards, ref, first_wins, weights = preference_problem(seed=3)
+def test_dpo_ends_at_the_kl_regularised_optimum(preferences: Any, newton: Any, beta: float) -> None:
+    problem = preferences(3)
 
     def population(logits: Tensor) -> Tensor:
-        logprobs = logits.log_softmax(-1)
-        return both_labels(lambda w, r: dpo(logprobs[w], logprobs[r], ref[w], ref[r], beta=beta), first_wins, weights)
+        log_ratios = logits.log_softmax(-1) - problem.ref
+        return problem.loss(lambda w, r: dpo(log_ratios[w], log_ratios[r], beta=beta))
 
-    minimiser = newton(population, ref).log_softmax(-1)
-    optimum, _ = kl_regularized_optimum(ref, rewards, beta)
+    minimiser = newton(population, problem.ref).log_softmax(-1)
+    optimum, _ = kl_regularized_optimum(problem.ref, problem.rewards, beta)
     torch.testing.assert_close(minimiser, optimum, rtol=0, atol=1e-9)
     # and its implicit rewards are the true ones, up to a constant
-    recovered = implicit_rewards(minimiser, ref, beta)
-    torch.testing.assert_close(recovered - recovered.mean(), rewards - rewards.mean(), rtol=0, atol=1e-9)
+    recovered = implicit_rewards(minimiser, problem.ref, beta)
+    truth = problem.rewards - problem.rewards.mean()
+    torch.testing.assert_close(recovered - recovered.mean(), truth, rtol=0, atol=1e-9)
 
 
-def test_plackett_luce_dpo_ends_at_the_kl_regularised_optimum() -> None:
+@pytest.mark.parametrize(("divergence", "alpha"), DIVERGENCES)
+def test_f_dpo_ends_at_the_optimum_of_its_divergence(
+    preferences: Any, newton: Any, divergence: Divergence, alpha: float
+) -> None:
+    """The minimiser has f'(π/π_ref) = r/β + const., and maximises E_π[r] − β·Σ π_ref·f(π/π_ref)."""
+    problem, beta = preferences(3), 0.8
+    f = f_divergence(divergence, alpha)
+
+    def population(logits: Tensor) -> Tensor:
+        rewards = divergence_rewards(logits.log_softmax(-1) - problem.ref, divergence, alpha=alpha)
+        return problem.loss(lambda w, r: dpo(rewards[w], rewards[r], beta=beta))
+
+    def negative_objective(logits: Tensor) -> Tensor:
+        logprobs = logits.log_softmax(-1)
+        return beta * (problem.ref.exp() * f((logprobs - problem.ref).exp())).sum() - logprobs.exp() @ problem.rewards
+
+    minimiser = newton(population, problem.ref).log_softmax(-1)
+    constant = divergence_rewards(minimiser - problem.ref, divergence, alpha=alpha) - problem.rewards / beta
+    torch.testing.assert_close(constant, constant.mean().expand(5), rtol=0, atol=1e-9)
+    torch.testing.assert_close(minimiser, newton(negative_objective, problem.ref).log_softmax(-1), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(("loss", "scale"), [(partial(exo, label_smoothing=0.1), math.log(9)), (ipo, 0.5)])
+def test_exo_and_ipo_end_at_a_multiple_of_the_preference(newton: Any, loss: PairLoss, scale: float) -> None:
+    """β·h = (2p − 1)·log((1 − ε)/ε) and (2p − 1)/2: linear in p, where DPO's is log(p/(1 − p))."""
+    probability, beta = t(0.1, 0.5, 0.7, 0.99), 0.6
+
+    def population(margins: Tensor) -> Tensor:
+        either = probability * loss(margins, t(0, 0, 0, 0), beta=beta) + (1 - probability) * loss(
+            t(0, 0, 0, 0), margins, beta=beta
+        )
+        return either.sum()
+
+    torch.testing.assert_close(
+        beta * newton(population, t(0, 0, 0, 0)), (2 * probability - 1) * scale, rtol=0, atol=1e-9
+    )
+
+
+def test_plackett_luce_dpo_ends_at_the_kl_regularised_optimum(newton: Any) -> None:
     beta, rewards, ref = 0.5, random_normal(4, seed=5), random_normal(4, seed=6).log_softmax(-1)
     rankings = torch.tensor(list(itertools.permutations(range(4), 3)))  # all ranked triples of four responses
     frequency = plackett_luce_logprob(rewards[rankings]).exp()
@@ -320,34 +519,31 @@ def test_plackett_luce_dpo_ends_at_the_kl_regularised_optimum() -> None:
     torch.testing.assert_close(newton(population, ref).log_softmax(-1), optimum, rtol=0, atol=1e-9)
 
 
-def score_differences(**options: float) -> tuple[Tensor, Tensor]:
+def score_differences(problem: Any, newton: Any, **options: float) -> tuple[Tensor, Tensor]:
     """What a reward model with one free score per response recovers from all pairs, and the truth."""
-    rewards, _, first_wins, weights = preference_problem(seed=8)
-    margin = torch.full((len(PAIRS),), options.pop("margin", 0.0), dtype=torch.float64)
+    margin = torch.full((len(problem.first),), options.pop("margin", 0.0), dtype=torch.float64)
 
     def population(scores: Tensor) -> Tensor:
-        return both_labels(
-            lambda w, r: reward_model_loss(torch.stack([scores[w], scores[r]], -1), margin=margin, **options),
-            first_wins,
-            weights,
+        return problem.loss(
+            lambda w, r: reward_model_loss(torch.stack([scores[w], scores[r]], -1), margin=margin, **options)
         )
 
-    scores = newton(population, torch.zeros(NUM_RESPONSES, dtype=torch.float64))
-    return scores - scores.mean(), rewards - rewards.mean()
+    scores = newton(population, torch.zeros(len(problem.rewards), dtype=torch.float64))
+    return scores - scores.mean(), problem.rewards - problem.rewards.mean()
 
 
-def test_reward_model_recovers_score_differences() -> None:
-    recovered, truth = score_differences()
+def test_reward_model_recovers_score_differences(preferences: Any, newton: Any) -> None:
+    recovered, truth = score_differences(preferences(8), newton)
     torch.testing.assert_close(recovered, truth, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("options", [{"centering_coef": 0.05}, {"margin": 0.5}])
-def test_centring_and_margin_bias_score_differences(options: dict[str, float]) -> None:
-    recovered, truth = score_differences(**options)
+def test_centring_and_margin_bias_score_differences(preferences: Any, newton: Any, options: dict[str, float]) -> None:
+    recovered, truth = score_differences(preferences(8), newton, **options)
     assert (recovered - truth).abs().max() > 0.05
 
 
-def test_ranked_reward_model_recovers_score_differences() -> None:
+def test_ranked_reward_model_recovers_score_differences(newton: Any) -> None:
     rewards = random_normal(4, seed=11)
     rankings = torch.tensor(list(itertools.permutations(range(4))))
     frequency = plackett_luce_logprob(rewards[rankings]).exp()
@@ -357,42 +553,38 @@ def test_ranked_reward_model_recovers_score_differences() -> None:
 
 @pytest.mark.parametrize("noise", [0.1, 0.3, 0.45])
 def test_robust_dpo_is_unbiased_under_flipped_labels(noise: float) -> None:
-    chosen, rejected, ref_chosen, ref_rejected = (random_logprobs(20, seed=i) for i in range(4))
+    chosen, rejected = random_pair(20)
     robust = partial(robust_dpo, beta=0.3, label_smoothing=noise)
-    mean_over_flips = (1 - noise) * robust(chosen, rejected, ref_chosen, ref_rejected) + noise * robust(
-        rejected, chosen, ref_rejected, ref_chosen
-    )
-    clean = dpo(chosen, rejected, ref_chosen, ref_rejected, beta=0.3)
-    torch.testing.assert_close(mean_over_flips, clean, rtol=1e-11, atol=1e-11)
+    mean_over_flips = (1 - noise) * robust(chosen, rejected) + noise * robust(rejected, chosen)
+    torch.testing.assert_close(mean_over_flips, dpo(chosen, rejected, beta=0.3), rtol=1e-11, atol=1e-11)
 
 
-def test_only_robust_dpo_sees_through_flipped_labels() -> None:
+def test_only_robust_dpo_sees_through_flipped_labels(preferences: Any, newton: Any) -> None:
     """On labels flipped with rate 0.2 robust DPO ends at π*, plain and conservative DPO elsewhere."""
-    beta, noise = 0.5, 0.2
-    rewards, ref, first_wins, weights = preference_problem(seed=13)
-    flipped = (1 - noise) * first_wins + noise * (1 - first_wins)
-    optimum, _ = kl_regularized_optimum(ref, rewards, beta)
+    beta, noise, problem = 0.5, 0.2, preferences(13)
+    flipped = problem._replace(first_wins=(1 - noise) * problem.first_wins + noise * (1 - problem.first_wins))
+    optimum, _ = kl_regularized_optimum(problem.ref, problem.rewards, beta)
 
     def distance(loss: PairLoss) -> float:
         def population(logits: Tensor) -> Tensor:
-            logprobs = logits.log_softmax(-1)
-            return both_labels(lambda w, r: loss(logprobs[w], logprobs[r], ref[w], ref[r]), flipped, weights)
+            log_ratios = logits.log_softmax(-1) - problem.ref
+            return flipped.loss(lambda w, r: loss(log_ratios[w], log_ratios[r]))
 
-        return (newton(population, ref).log_softmax(-1) - optimum).abs().max().item()
+        return (newton(population, problem.ref).log_softmax(-1) - optimum).abs().max().item()
 
     assert distance(partial(robust_dpo, beta=beta, label_smoothing=noise)) < 1e-9
     assert distance(partial(dpo, beta=beta)) > 0.1
     assert distance(partial(conservative_dpo, beta=beta, label_smoothing=noise)) > 0.1
 
 
-def test_conservative_dpo_stops_at_its_margin() -> None:
+@pytest.mark.parametrize("loss", [conservative_dpo, exo])
+def test_softened_labels_stop_at_their_margin(loss: Callable[..., Tensor]) -> None:
     margin = t(math.log(0.8 / 0.2)).requires_grad_()
-    zero = t(0)
-    (gradient,) = torch.autograd.grad(conservative_dpo(margin, zero, zero, zero, beta=1.0, label_smoothing=0.2), margin)
+    (gradient,) = torch.autograd.grad(loss(margin, t(0), beta=1.0, label_smoothing=0.2), margin)
     assert gradient.item() == pytest.approx(0, abs=1e-15)
 
 
-def test_ipo_ends_at_its_closed_form_for_any_preferences() -> None:
+def test_ipo_ends_at_its_closed_form_for_any_preferences(newton: Any) -> None:
     """π* ∝ π_ref·exp(p(y ≻ μ)/β), for preferences that no scores explain: they run in a circle."""
     beta = 0.7
     ref = random_normal(4, seed=1).log_softmax(-1)
@@ -403,28 +595,105 @@ def test_ipo_ends_at_its_closed_form_for_any_preferences() -> None:
     first, second = torch.cartesian_prod(torch.arange(4), torch.arange(4)).unbind(-1)
 
     def population(logits: Tensor) -> Tensor:
-        logprobs = logits.log_softmax(-1)
-        losses = ipo(logprobs[first], logprobs[second], ref[first], ref[second], beta=beta)
+        log_ratios = logits.log_softmax(-1) - ref
+        losses = ipo(log_ratios[first], log_ratios[second], beta=beta)
         return (2 * data[first] * data[second] * wins[first, second] * losses).sum()
 
     closed_form = (ref + wins @ data / beta).log_softmax(-1)
     torch.testing.assert_close(newton(population, ref).log_softmax(-1), closed_form, rtol=0, atol=1e-10)
 
 
+# --- invariance: micro-batches, shapes -----------------------------------------------------------------------------
+
+
+FEATURES = random_normal(7, 3), random_normal(7, 3, seed=1)
+"""What a policy with three parameters makes of the chosen and of the rejected completions."""
+
+
+def test_micro_batches_of_paired_aot_add_up_to_the_batch() -> None:
+    parameters, ref_margins = random_normal(3, seed=2).requires_grad_(), random_normal(7, seed=3)
+    margins = (FEATURES[0] - FEATURES[1]) @ parameters
+    matched = match_ranks(margins, ref_margins)
+    # the loss of the whole batch as the paper has it: both sides sorted
+    sorted_losses = -logsigmoid(0.7 * (margins.sort().values - ref_margins.sort().values))
+    (whole,) = torch.autograd.grad(sorted_losses.mean(), parameters)
+    parts = torch.zeros(3, dtype=torch.float64)
+    for rows in torch.arange(7).split(3):
+        values = (FEATURES[0][rows] - FEATURES[1][rows]) @ parameters
+        parts += torch.autograd.grad(aot(values, matched[rows], beta=0.7).sum() / 7, parameters)[0]
+    torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-15)
+
+
+def test_micro_batches_of_unpaired_aot_add_up_to_the_batch() -> None:
+    """Both sides move; each takes its matches from the whole batch, and the sum of both is the batch's gradient."""
+    parameters = random_normal(3, seed=2).requires_grad_()
+    chosen, rejected = (features @ parameters for features in FEATURES)
+    sorted_losses = -logsigmoid(0.7 * (chosen.sort().values - rejected.sort().values))
+    (whole,) = torch.autograd.grad(sorted_losses.mean(), parameters, retain_graph=True)
+    above, below = match_ranks(chosen, rejected), match_ranks(-rejected, -chosen)
+    parts, value = torch.zeros(3, dtype=torch.float64), 0.0
+    for chosen_rows, rejected_rows in zip(torch.arange(7).split(3), torch.randperm(7).split(3), strict=True):
+        losses = torch.cat(
+            [
+                aot(FEATURES[0][chosen_rows] @ parameters, above[chosen_rows], beta=0.7),
+                aot(-FEATURES[1][rejected_rows] @ parameters, below[rejected_rows], beta=0.7),
+            ]
+        )
+        parts += torch.autograd.grad(losses.sum() / 7, parameters)[0]
+        value += losses.sum().item() / 7
+    torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-15)
+    assert value == pytest.approx(2 * sorted_losses.mean().item(), rel=1e-13)
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_losses_come_back_unreduced_for_any_batch_shape(name: str) -> None:
+    chosen, rejected = random_pair(6)
+    flat = PAIR_LOSSES[name](chosen, rejected)
+    assert flat.shape == (6,)
+    assert torch.equal(PAIR_LOSSES[name](chosen.view(2, 3), rejected.view(2, 3)), flat.view(2, 3))
+    assert torch.equal(PAIR_LOSSES[name](chosen[0], rejected[0]), flat[0])
+
+
+def test_ranked_losses_take_any_batch_shape() -> None:
+    assert plackett_luce_logprob(random_normal(2, 3, 4)).shape == (2, 3)
+
+
+def test_padding_changes_neither_weights_nor_desensitized_logprobs() -> None:
+    logprobs, collisions = random_logprobs(2, 3), random_logprobs(2, 3, seed=1)
+    mask, shared = torch.ones(2, 3, dtype=torch.bool), torch.tensor([2, 3])
+    padded = [torch.cat([x, torch.full((2, 2), math.nan, dtype=torch.float64)], 1) for x in (logprobs, collisions)]
+    padded_mask = torch.cat([mask, ~mask[:, :2]], 1)
+    assert torch.equal(wpo_weights(padded[0], padded_mask, padded[1]), wpo_weights(logprobs, mask, collisions))
+    assert torch.equal(
+        length_desensitized_logprobs(padded[0], padded_mask, shared, alpha=0.3),
+        length_desensitized_logprobs(logprobs, mask, shared, alpha=0.3),
+    )
+
+
 # --- numbers that overflow, lists with holes, mistakes ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gap", [1e4, -1e4])
-@pytest.mark.parametrize("name", [*WITH_REFERENCE, *WITHOUT_REFERENCE])
+@pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_extreme_log_ratios_stay_finite(name: str, gap: float) -> None:
-    loss = (WITH_REFERENCE | WITHOUT_REFERENCE)[name]
-    chosen = torch.full((4,), -3e4 + gap, requires_grad=True)
-    rejected = torch.full((4,), -3e4 - gap, requires_grad=True)
-    reference = [torch.full((4,), -3e4)] * 2 if name in WITH_REFERENCE else []
-    losses = loss(chosen, rejected, *reference)
-    gradients = torch.autograd.grad(losses.sum(), (chosen, rejected))
+    pair = torch.full((4,), gap, requires_grad=True), torch.full((4,), -gap, requires_grad=True)
+    losses = PAIR_LOSSES[name](*pair)
+    gradients = torch.autograd.grad(losses.sum(), pair)
     assert losses.isfinite().all()
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("gap", [1e4, -1e4])
+@pytest.mark.parametrize(("divergence", "alpha"), DIVERGENCES)
+def test_extreme_log_ratios_stay_finite_under_every_divergence(
+    divergence: Divergence, alpha: float, gap: float
+) -> None:
+    log_ratios = torch.tensor([gap, -gap], requires_grad=True)
+    loss = dpo(*divergence_rewards(log_ratios, divergence, alpha=alpha), beta=0.1)
+    (gradient,) = torch.autograd.grad(loss, log_ratios)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+    assert gap > 0 or gradient[0] < 0  # a pair that is far off is still pulled back
 
 
 def test_extreme_scores_lose_no_digits() -> None:
@@ -436,23 +705,6 @@ def test_extreme_scores_lose_no_digits() -> None:
         assert plackett_luce_logprob(scores).item() == pytest.approx(expected, rel=1e-6)
     assert plackett_luce_logprob(torch.tensor([-1e4, 0.0, 1e4])).item() == -2e4 - 1e4
     assert plackett_luce_logprob(torch.tensor([1e4, 0.0, -1e4])).item() == 0
-
-
-def test_a_certain_completion_has_finite_odds() -> None:
-    """Log-probabilities that round to 0 (probability 1) give a finite loss and gradient."""
-    certain, other = torch.zeros(4, requires_grad=True), torch.full((4,), -8.0, requires_grad=True)
-    for pair in ((certain, other), (other, certain)):
-        losses = orpo(*pair, coef=1.0, **LENGTHS)
-        gradients = torch.autograd.grad(losses.sum(), pair)
-        assert losses.isfinite().all()
-        assert all(gradient.isfinite().all() for gradient in gradients)
-
-
-def test_log_odds_are_exact_at_both_ends() -> None:
-    """Against a completion of even odds the loss is exactly −log p, near p = 1 as near p = 0."""
-    one = {"chosen_lengths": torch.ones(2), "rejected_lengths": torch.ones(2)}
-    even = t(-math.log(2), -math.log(2))
-    assert odds_ratio_loss(t(-1e-9, -50), even, **one).tolist() == pytest.approx([1e-9, 50], rel=1e-13)
 
 
 def test_masked_entries_take_no_part() -> None:
@@ -480,32 +732,34 @@ def test_a_list_without_entries_counts_nothing() -> None:
     assert reward_model_loss(torch.randn(1, 3), centering_coef=0.1, mask=empty).item() == 0
 
 
-def test_losses_come_back_unreduced_for_any_batch_shape() -> None:
-    four = [random_logprobs(2, 3, seed=i) for i in range(4)]
-    assert dpo(*four, beta=0.1).shape == (2, 3)
-    assert plackett_luce_logprob(random_normal(2, 3, 4)).shape == (2, 3)
-    assert dpo(*[x[0, 0] for x in four], beta=0.1).shape == ()
-
-
 ONE = torch.ones(1)
+YES = torch.ones(1, dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
     ("message", "call"),
     [
-        ("beta must be positive", lambda: dpo(ONE, ONE, ONE, ONE, beta=0.0)),
-        ("beta must be positive", lambda: ipo(ONE, ONE, ONE, ONE, beta=math.nan)),
-        ("beta must be positive", lambda: hinge(ONE, ONE, ONE, ONE, beta=-1.0)),
+        ("beta must be positive", lambda: dpo(ONE, ONE, beta=0.0)),
+        ("beta must be positive", lambda: dpo_by_index(ONE, ONE, torch.tensor([0]), torch.tensor([0]), -1.0)),
+        ("beta must be positive", lambda: ipo(ONE, ONE, beta=math.nan)),
+        ("beta must be positive", lambda: hinge(ONE, ONE, beta=-1.0)),
+        ("beta must be positive", lambda: exo(ONE, ONE, beta=0.0, label_smoothing=0.1)),
+        ("beta must be positive", lambda: discopop(ONE, ONE, beta=0.0)),
+        ("beta must be positive", lambda: apo_down(ONE, ONE, beta=0.0)),
+        ("beta must be positive", lambda: aot(ONE, ONE, beta=0.0)),
         ("beta must be positive", lambda: implicit_rewards(ONE, ONE, 0.0)),
-        ("label_smoothing must lie", lambda: robust_dpo(ONE, ONE, ONE, ONE, beta=1.0, label_smoothing=0.5)),
-        ("label_smoothing must lie", lambda: conservative_dpo(ONE, ONE, ONE, ONE, beta=1.0, label_smoothing=-0.1)),
-        ("both completions or of neither", lambda: ipo(ONE, ONE, ONE, ONE, beta=1.0, chosen_lengths=ONE)),
-        ("alpha must not be", lambda: rpo(ONE, ONE, ONE, ONE, beta=1.0, alpha=-1.0, chosen_lengths=ONE)),
-        (
-            "margin must not be",
-            lambda: simpo(ONE, ONE, beta=1.0, margin=-1.0, chosen_lengths=ONE, rejected_lengths=ONE),
-        ),
-        ("coef must not be", lambda: orpo(ONE, ONE, coef=-1.0, chosen_lengths=ONE, rejected_lengths=ONE)),
+        ("label_smoothing must lie", lambda: robust_dpo(ONE, ONE, beta=1.0, label_smoothing=0.5)),
+        ("label_smoothing must lie", lambda: conservative_dpo(ONE, ONE, beta=1.0, label_smoothing=-0.1)),
+        ("label_smoothing must lie", lambda: aot(ONE, ONE, beta=1.0, label_smoothing=0.5)),
+        (r"label_smoothing must lie in \(0", lambda: exo(ONE, ONE, beta=1.0, label_smoothing=0.0)),
+        (r"label_smoothing must lie in \(0", lambda: exo(ONE, ONE, beta=1.0, label_smoothing=0.5)),
+        ("tau must lie", lambda: discopop(ONE, ONE, beta=1.0, tau=0.0)),
+        ("tau must lie", lambda: discopop(ONE, ONE, beta=1.0, tau=1.1)),
+        ("alpha must lie", lambda: divergence_rewards(ONE, "alpha", alpha=0.0)),
+        ("alpha must lie", lambda: divergence_rewards(ONE, "alpha", alpha=1.0)),
+        ("alpha must lie", lambda: length_desensitized_logprobs(ONE, YES, torch.tensor(1), alpha=1.1)),
+        ("alpha must lie", lambda: length_desensitized_logprobs(ONE, YES, torch.tensor(1), alpha=-0.1)),
+        ("alpha must not be", lambda: rpo(ONE, ONE, ONE, beta=1.0, alpha=-1.0)),
         ("centering_coef must not be", lambda: reward_model_loss(torch.ones(1, 2), centering_coef=-1.0)),
         ("at least one entry", lambda: plackett_luce_logprob(torch.ones(3, 0))),
     ],
@@ -513,3 +767,9 @@ ONE = torch.ones(1)
 def test_settings_out_of_range_are_named(message: str, call: Callable[[], Tensor]) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_unknown_divergence_is_named() -> None:
+    unchecked = divergence_rewards.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]  (without the type check)
+    with pytest.raises(ValueError, match="got 'hellinger'"):
+        unchecked(ONE, "hellinger")

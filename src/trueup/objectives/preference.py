@@ -1,32 +1,43 @@
-"""Learning from comparisons: Bradley–Terry, Plackett–Luce, the reward-model loss, DPO and its family.
+"""Learning from comparisons: Bradley–Terry, Plackett–Luce, the reward-model loss, DPO and the pair losses beside it.
 
-Every loss is a function of **sequence** log-probabilities (the sum of the token log-probabilities of one completion) or
-of scalar scores. Shapes are ``[*batch]`` for pairs and ``[*batch, K]`` for ranked lists, the best first. Losses come
-back unreduced, one per pair or list; logarithms are natural, so losses are in nats. Every function raises
-``ValueError`` for shapes that differ.
+Scores and **sequence** log-probabilities (sums over the scored tokens of a completion) have the shape ``[*batch]`` for
+pairs and ``[*batch, K]`` for ranked lists, the best first. Losses come back unreduced, one per pair or list; logarithms
+are natural, so losses are in nats. Every function raises ``ValueError`` for shapes that differ.
 
-The four arguments that most losses share, all ``[*batch]``::
+A pair loss sees the two policies only through the log-ratio of each completion,
 
-    chosen_logprobs        log π(y_w | x)          ref_chosen_logprobs    log π_ref(y_w | x)
-    rejected_logprobs      log π(y_l | x)          ref_rejected_logprobs  log π_ref(y_l | x)
+    u = log π(y|x) − log π_ref(y|x),
 
-and the one number that nearly all of them look at, the log-ratio margin
+``chosen_log_ratios`` of y_w and ``rejected_log_ratios`` of y_l, and nearly all look only at the margin h = u_w − u_l.
+So the family composes::
 
-    h = [log π(y_w|x) − log π_ref(y_w|x)] − [log π(y_l|x) − log π_ref(y_l|x)].
+    u = logprobs - ref_logprobs                                        # what the papers write
+    u = (logprobs - ref_logprobs) / lengths                            # per token: length-normalised DPO; TRL's IPO
+    u = divergence_rewards(logprobs - ref_logprobs, "jensen_shannon")  # f-DPO: another leash than reverse KL
+    u = desensitized - ref_desensitized                                # LD-DPO: length_desensitized_logprobs of both
+    losses = 0.8 * dpo(u_w, u_l, beta=0.1) + 0.2 * hinge(u_w, u_l, beta=0.1)
+    losses = wpo_weights(...).prod(-1) * dpo(u_w, u_l, beta=0.1)       # WPO
+
+Losses that judge each completion by itself are in ``pointwise``, those without a reference in ``reference_free``.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from trueup.objectives.shapes import fill_masked, require_same_shape
+from trueup.objectives.logprobs import sequence_logprobs
+from trueup.objectives.shapes import fill_masked, require_not_negative, require_positive, require_same_shape
 
-Lengths = Int[Tensor, "*batch"] | Float[Tensor, "*batch"]
+Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"]
+
+MAX_EXPONENT = 20.0
+"""Where the exponential of ``divergence_rewards`` goes over into its tangent."""
 
 
 def bradley_terry_logprob(
@@ -89,7 +100,7 @@ def reward_model_loss(
     Source: eq. 2 of Rafailov et al. 2023 (arXiv 2305.18290); margin: eq. 2 of Touvron et al. 2023 (arXiv 2307.09288);
     centring for pairs: Eisenstein et al. 2023 (arXiv 2312.09244). The form for K > 2 is ours, equal to those for K = 2.
     """
-    _require_not_negative("centering_coef", centering_coef)
+    require_not_negative("centering_coef", centering_coef)
     leads = scores
     if margin is not None:
         require_same_shape(scores[..., 0], margin=margin)
@@ -113,16 +124,49 @@ def implicit_rewards(
     prompt are the reward's own. Raises ``ValueError`` unless β > 0.
     Source: eq. 5 of Rafailov et al. 2023 (arXiv 2305.18290).
     """
-    _require_positive("beta", beta)
+    require_positive("beta", beta)
     require_same_shape(logprobs, ref_logprobs=ref_logprobs)
     return beta * (logprobs - ref_logprobs)
 
 
+def divergence_rewards(
+    log_ratios: Float[Tensor, "*batch"], divergence: Divergence, *, alpha: float = 0.5
+) -> Float[Tensor, "*batch"]:
+    """What a log-ratio is worth when another f-divergence than reverse KL holds the policy to its reference.
+
+        reverse_kl        f(t) = t·log t                                      g(u) = u
+        forward_kl        f(t) = −log t                                       g(u) = 1 − e^(−u)
+        jensen_shannon    f(t) = t·log t − (t + 1)·log((t + 1)/2)             g(u) = log 2 + log σ(u)
+        alpha             f(t) = (t^(1−α) − (1 − α)·t − α)/(α·(α − 1))        g(u) = (1 − e^(−αu))/α
+
+    The optimum of E_π[r] − β·Σ_y π_ref·f(π/π_ref) has r = β·f'(π/π_ref) + a constant of the prompt. g(u) is f'(e^u)
+    with the constant that makes g(0) = 0. A pair loss that sees only differences takes g(u) for u: ``dpo`` of it is
+    f-DPO, and its population minimiser under Bradley–Terry labels is that optimum.
+
+    α in (0, 1) goes from reverse (0) to forward KL (1); the coefficient that TRL takes is 1 − α. Jensen–Shannon is f
+    as written, twice the symmetric mean of two KLs. All but reverse KL bound the reward from above, at log 2 or 1/α.
+    Where −αu exceeds 20, e^(−αu) goes on as its tangent: the exponential would overflow, and a cut would leave no
+    gradient where it is needed most.
+    Raises ``ValueError`` for an unknown divergence and for α outside (0, 1).
+    Source: Wang et al. 2023 (arXiv 2309.16240), whose α this is.
+    """
+    match divergence:
+        case "reverse_kl":
+            return log_ratios
+        case "forward_kl":
+            return _saturating(log_ratios, 1.0)
+        case "jensen_shannon":
+            return math.log(2) + logsigmoid(log_ratios)
+        case "alpha":
+            if not 0 < alpha < 1:
+                raise ValueError(f"alpha must lie in (0, 1), got {alpha}")
+            return _saturating(log_ratios, alpha)
+    raise ValueError(f"divergence must be reverse_kl, forward_kl, jensen_shannon or alpha, got {divergence!r}")
+
+
 def dpo(
-    chosen_logprobs: Float[Tensor, "*batch"],
-    rejected_logprobs: Float[Tensor, "*batch"],
-    ref_chosen_logprobs: Float[Tensor, "*batch"],
-    ref_rejected_logprobs: Float[Tensor, "*batch"],
+    chosen_log_ratios: Float[Tensor, "*batch"],
+    rejected_log_ratios: Float[Tensor, "*batch"],
     *,
     beta: float,
 ) -> Float[Tensor, "*batch"]:
@@ -135,10 +179,7 @@ def dpo(
     Raises ``ValueError`` unless β > 0.
     Source: eq. 7 of Rafailov et al. 2023 (arXiv 2305.18290).
     """
-    _require_positive("beta", beta)
-    return -logsigmoid(
-        beta * _log_ratio_margin(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
-    )
+    return -logsigmoid(_rewards_margin(chosen_log_ratios, rejected_log_ratios, beta))
 
 
 def dpo_by_index(
@@ -154,15 +195,14 @@ def dpo_by_index(
     Raises ``ValueError`` unless β > 0.
     Source: appendix B of Rafailov et al. 2023 (arXiv 2305.18290).
     """
-    losses = dpo(pi_logps[yw_idxs], pi_logps[yl_idxs], ref_logps[yw_idxs], ref_logps[yl_idxs], beta=beta)
-    return losses, implicit_rewards(pi_logps, ref_logps, beta).detach()
+    require_same_shape(pi_logps, ref_logps=ref_logps)
+    log_ratios = pi_logps - ref_logps
+    return dpo(log_ratios[yw_idxs], log_ratios[yl_idxs], beta=beta), beta * log_ratios.detach()
 
 
 def conservative_dpo(
-    chosen_logprobs: Float[Tensor, "*batch"],
-    rejected_logprobs: Float[Tensor, "*batch"],
-    ref_chosen_logprobs: Float[Tensor, "*batch"],
-    ref_rejected_logprobs: Float[Tensor, "*batch"],
+    chosen_log_ratios: Float[Tensor, "*batch"],
+    rejected_log_ratios: Float[Tensor, "*batch"],
     *,
     beta: float,
     label_smoothing: float,
@@ -175,19 +215,14 @@ def conservative_dpo(
     ε = 0 is ``dpo``. Raises ``ValueError`` unless β > 0 and 0 ≤ ε < ½.
     Source: eq. 3 of Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO".
     """
-    _require_positive("beta", beta)
     _require_noise_rate(label_smoothing)
-    rewards_margin = beta * _log_ratio_margin(
-        chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs
-    )
-    return -(1 - label_smoothing) * logsigmoid(rewards_margin) - label_smoothing * logsigmoid(-rewards_margin)
+    margin = _rewards_margin(chosen_log_ratios, rejected_log_ratios, beta)
+    return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
 
 
 def robust_dpo(
-    chosen_logprobs: Float[Tensor, "*batch"],
-    rejected_logprobs: Float[Tensor, "*batch"],
-    ref_chosen_logprobs: Float[Tensor, "*batch"],
-    ref_rejected_logprobs: Float[Tensor, "*batch"],
+    chosen_log_ratios: Float[Tensor, "*batch"],
+    rejected_log_ratios: Float[Tensor, "*batch"],
     *,
     beta: float,
     label_smoothing: float,
@@ -200,53 +235,58 @@ def robust_dpo(
     as ε nears ½. ε = 0 is ``dpo``. Raises ``ValueError`` unless β > 0 and 0 ≤ ε < ½.
     Source: Chowdhury, Kini & Natarajan 2024 (arXiv 2403.00409).
     """
-    _require_positive("beta", beta)
     _require_noise_rate(label_smoothing)
-    rewards_margin = beta * _log_ratio_margin(
-        chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs
-    )
-    signed = -(1 - label_smoothing) * logsigmoid(rewards_margin) + label_smoothing * logsigmoid(-rewards_margin)
+    margin = _rewards_margin(chosen_log_ratios, rejected_log_ratios, beta)
+    signed = -(1 - label_smoothing) * logsigmoid(margin) + label_smoothing * logsigmoid(-margin)
     return signed / (1 - 2 * label_smoothing)
 
 
-def ipo(
-    chosen_logprobs: Float[Tensor, "*batch"],
-    rejected_logprobs: Float[Tensor, "*batch"],
-    ref_chosen_logprobs: Float[Tensor, "*batch"],
-    ref_rejected_logprobs: Float[Tensor, "*batch"],
+def exo(
+    chosen_log_ratios: Float[Tensor, "*batch"],
+    rejected_log_ratios: Float[Tensor, "*batch"],
     *,
     beta: float,
-    chosen_lengths: Lengths | None = None,
-    rejected_lengths: Lengths | None = None,
+    label_smoothing: float,
+) -> Float[Tensor, "*batch"]:
+    """Efficient exact optimisation on pairs: reverse KL from the policy's choice to the label's, softened by ε.
+
+        L = KL( (q, 1 − q) ‖ (1 − ε, ε) ),   q = σ(β·h)
+
+    ``conservative_dpo`` is the forward KL of the same two, up to a constant; both are content at β·h = log((1 − ε)/ε),
+    but a pair that is badly wrong has almost no gradient here. A pair labelled right with probability p ends at
+    β·h = (2p − 1)·log((1 − ε)/ε), as IPO's does at β·h = p − ½. Raises ``ValueError`` unless β > 0 and 0 < ε < ½.
+    Source: eq. 16 of Ji et al. 2024 (arXiv 2402.00856), which recommends ε = 1e-3.
+    """
+    if not 0 < label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must lie in (0, 0.5), got {label_smoothing}")
+    margin = _rewards_margin(chosen_log_ratios, rejected_log_ratios, beta)
+    right = margin.sigmoid() * (logsigmoid(margin) - math.log1p(-label_smoothing))
+    wrong = (-margin).sigmoid() * (logsigmoid(-margin) - math.log(label_smoothing))
+    return right + wrong
+
+
+def ipo(
+    chosen_log_ratios: Float[Tensor, "*batch"],
+    rejected_log_ratios: Float[Tensor, "*batch"],
+    *,
+    beta: float,
 ) -> Float[Tensor, "*batch"]:
     """Identity preference optimisation: the margin is drawn to a set width instead of to infinity.
 
         L = (h − 1/(2β))²
 
-    β is the paper's τ. Without lengths the log-probabilities are sums over the tokens, as in the paper, and the
-    population minimiser is π* ∝ π_ref·exp(p(y ≻ μ)/β), p(y ≻ μ) the probability to beat a completion of the data.
-    With both lengths (tokens, ≥ 1) each log-ratio is divided by its completion's length first, as TRL does; β is then
-    on the scale of one token, and the closed form no longer holds.
-    Raises ``ValueError`` unless β > 0, and for one length without the other.
+    β is the paper's τ. With log-ratios summed over the tokens, as in the paper, the population minimiser is
+    π* ∝ π_ref·exp(p(y ≻ μ)/β), p(y ≻ μ) the probability to beat a completion of the data. With log-ratios per token, as
+    in TRL, β is on the scale of one token, and the closed form no longer holds.
+    Raises ``ValueError`` unless β > 0.
     Source: eq. 17 of Azar et al. 2023 (arXiv 2310.12036).
     """
-    _require_positive("beta", beta)
-    if (chosen_lengths is None) != (rejected_lengths is None):
-        raise ValueError("ipo takes the lengths of both completions or of neither")
-    if chosen_lengths is not None and rejected_lengths is not None:
-        require_same_shape(chosen_logprobs, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
-        chosen_logprobs, ref_chosen_logprobs = chosen_logprobs / chosen_lengths, ref_chosen_logprobs / chosen_lengths
-        rejected_logprobs = rejected_logprobs / rejected_lengths
-        ref_rejected_logprobs = ref_rejected_logprobs / rejected_lengths
-    margin = _log_ratio_margin(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
-    return (margin - 1 / (2 * beta)).square()
+    return ((_rewards_margin(chosen_log_ratios, rejected_log_ratios, beta) - 0.5) / beta).square()
 
 
 def hinge(
-    chosen_logprobs: Float[Tensor, "*batch"],
-    rejected_logprobs: Float[Tensor, "*batch"],
-    ref_chosen_logprobs: Float[Tensor, "*batch"],
-    ref_rejected_logprobs: Float[Tensor, "*batch"],
+    chosen_log_ratios: Float[Tensor, "*batch"],
+    rejected_log_ratios: Float[Tensor, "*batch"],
     *,
     beta: float,
 ) -> Float[Tensor, "*batch"]:
@@ -259,86 +299,71 @@ def hinge(
     Source: the normalised hinge loss of Liu et al. 2023 (RSO, arXiv 2309.06657), after SLiC: Zhao et al. 2023
     (arXiv 2305.10425), which has no reference policy in it.
     """
-    _require_positive("beta", beta)
-    return relu(
-        1 - beta * _log_ratio_margin(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
-    )
+    return relu(1 - _rewards_margin(chosen_log_ratios, rejected_log_ratios, beta))
 
 
-def simpo(
-    chosen_logprobs: Float[Tensor, "*batch"],
-    rejected_logprobs: Float[Tensor, "*batch"],
+def discopop(
+    chosen_log_ratios: Float[Tensor, "*batch"],
+    rejected_log_ratios: Float[Tensor, "*batch"],
     *,
-    chosen_lengths: Lengths,
-    rejected_lengths: Lengths,
     beta: float,
-    margin: float,
+    tau: float = 0.05,
 ) -> Float[Tensor, "*batch"]:
-    """Simple preference optimisation: the reward is the mean token log-probability, and no reference is needed.
+    """Log-ratio modulated loss (LRML, DiscoPOP): logistic where a pair is wrong, exponential where it is right.
 
-        L = −log σ( β/|y_w|·log π(y_w|x) − β/|y_l|·log π(y_l|x) − γ )
+        L = (1 − m)·[−log σ(z)] + m·exp(−z),   z = β·h,   m = σ(z/τ)
 
-    ``margin`` γ is in logits, not multiplied by β (libraries that take the ratio γ/β multiply it back). Lengths are
-    counts of scored tokens, ≥ 1. Raises ``ValueError`` unless β > 0 and γ ≥ 0.
-    Source: eq. 6 of Meng, Xia & Chen 2024 (arXiv 2405.14734).
+    It was found by a language model's search. The change at z = 0, from log 2 up to 1, makes it *rise* with the margin
+    on a stretch about 0, for the published β = τ = 0.05 from h = −2.37 to 1.44: a pair inside comes to rest at its left
+    end, a little wrong.
+    Raises ``ValueError`` unless β > 0 and 0 < τ ≤ 1 (above 1 the exponential wins where the pair is wrong).
+    Source: eq. 5 of Lu et al. 2024 (arXiv 2406.08414).
     """
-    _require_positive("beta", beta)
-    _require_not_negative("margin", margin)
-    require_same_shape(
-        chosen_logprobs,
-        rejected_logprobs=rejected_logprobs,
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
-    )
-    lead = chosen_logprobs / chosen_lengths - rejected_logprobs / rejected_lengths
-    return -logsigmoid(beta * lead - margin)
+    if not 0 < tau <= 1:
+        raise ValueError(f"tau must lie in (0, 1], got {tau}")
+    margin = _rewards_margin(chosen_log_ratios, rejected_log_ratios, beta)
+    # m·exp(−z) in one exponential: its exponent is never above 0, while exp(−z) alone overflows.
+    return (logsigmoid(margin / tau) - margin).exp() - (-margin / tau).sigmoid() * logsigmoid(margin)
 
 
-def odds_ratio_loss(
-    chosen_logprobs: Float[Tensor, "*batch"],
-    rejected_logprobs: Float[Tensor, "*batch"],
+def apo_down(
+    chosen_log_ratios: Float[Tensor, "*batch"],
+    rejected_log_ratios: Float[Tensor, "*batch"],
     *,
-    chosen_lengths: Lengths,
-    rejected_lengths: Lengths,
+    beta: float,
 ) -> Float[Tensor, "*batch"]:
-    """The comparing term of ORPO.
+    """Anchored preference optimisation for chosen completions that are worse than what the model writes by itself.
 
-        L_OR = −log σ( log odds(y_w|x) − log odds(y_l|x) ),   odds = p/(1 − p),   p(y|x) = exp(log π(y|x)/|y|)
+        L = σ(β·u_w) + σ(−β·h)
 
-    p is the geometric mean of the token probabilities. Lengths are counts of scored tokens, ≥ 1. A p that rounds to 1
-    is held one rounding step below it, without gradient: its odds would be infinite.
-    Source: eqs. 4 and 7 of Hong, Lee & Thorne 2024 (arXiv 2403.07691).
+    Both completions go down, the rejected one further. The counterpart, for chosen completions that are better than the
+    model's own, is ``pointwise.apo_zero``. Raises ``ValueError`` unless β > 0.
+    Source: eq. 8 of D'Oosterlinck et al. 2024 (arXiv 2408.06266).
     """
-    require_same_shape(
-        chosen_logprobs,
-        rejected_logprobs=rejected_logprobs,
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
-    )
-    return -logsigmoid(_log_odds(chosen_logprobs / chosen_lengths) - _log_odds(rejected_logprobs / rejected_lengths))
+    margin = _rewards_margin(chosen_log_ratios, rejected_log_ratios, beta)
+    return (beta * chosen_log_ratios).sigmoid() + (-margin).sigmoid()
 
 
-def orpo(
-    chosen_logprobs: Float[Tensor, "*batch"],
-    rejected_logprobs: Float[Tensor, "*batch"],
+def rpo(
+    chosen_log_ratios: Float[Tensor, "*batch"],
+    rejected_log_ratios: Float[Tensor, "*batch"],
+    chosen_mean_logprobs: Float[Tensor, "*batch"],
     *,
-    chosen_lengths: Lengths,
-    rejected_lengths: Lengths,
-    coef: float,
+    beta: float,
+    alpha: float,
 ) -> Float[Tensor, "*batch"]:
-    """Odds-ratio preference optimisation: fine-tuning on the chosen completion and comparing, in one loss.
+    """DPO with the mean token NLL of the chosen completion beside it (the loss of iterative RPO).
 
-        L = −log π(y_w|x)/|y_w| + λ·L_OR
+        L = −log σ(β·h) − α·log π(y_w|x)/|y_w|
 
-    No reference policy; meant to start from the base model. ``coef`` is λ, L_OR is ``odds_ratio_loss``. The first term
-    is over the completion's tokens only. Raises ``ValueError`` for a negative λ.
-    Source: eq. 6 of Hong, Lee & Thorne 2024 (arXiv 2403.07691).
+    DPO alone may lower the chosen completion's probability as long as the rejected one's falls further; the second term
+    pulls against that. ``chosen_mean_logprobs`` is log π(y_w|x)/|y_w|. α = 0 is ``dpo``.
+    Raises ``ValueError`` unless β > 0 and α ≥ 0.
+    Source: eq. 1 of Pang et al. 2024 (arXiv 2404.19733).
     """
-    _require_not_negative("coef", coef)
-    compared = odds_ratio_loss(
-        chosen_logprobs, rejected_logprobs, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
-    )
-    return coef * compared - chosen_logprobs / chosen_lengths
+    require_not_negative("alpha", alpha)
+    require_same_shape(chosen_log_ratios, chosen_mean_logprobs=chosen_mean_logprobs)
+    return dpo(chosen_log_ratios, rejected_log_ratios, beta=beta) - alpha * chosen_mean_logprobs
 
 
 def plackett_luce_dpo(
@@ -359,60 +384,98 @@ def plackett_luce_dpo(
     return -plackett_luce_logprob(implicit_rewards(logprobs, ref_logprobs, beta), mask)
 
 
-def rpo(
-    chosen_logprobs: Float[Tensor, "*batch"],
-    rejected_logprobs: Float[Tensor, "*batch"],
-    ref_chosen_logprobs: Float[Tensor, "*batch"],
-    ref_rejected_logprobs: Float[Tensor, "*batch"],
+def match_ranks(values: Float[Tensor, " n"], targets: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """For each value the target of the same rank, without gradient: smallest to smallest, largest to largest.
+
+    The optimal transport between two sets of numbers under any convex cost of their difference. It couples the batch:
+    take it over all of a step, then cut into micro-batches. Of equal values any order is as good.
+    Source: Melnyk et al. 2024 (arXiv 2406.05882).
+    """
+    require_same_shape(values, targets=targets)
+    ranks = values.detach().argsort(stable=True).argsort()
+    return targets.detach().sort().values[ranks]
+
+
+def aot(
+    values: Float[Tensor, "*batch"],
+    matched: Float[Tensor, "*batch"],
     *,
     beta: float,
-    alpha: float,
-    chosen_lengths: Lengths,
+    label_smoothing: float = 0.0,
 ) -> Float[Tensor, "*batch"]:
-    """DPO with the mean token NLL of the chosen completion beside it (the loss of iterative RPO).
+    """Alignment by optimal transport: a distribution is pushed above another, quantile by quantile.
 
-        L = −log σ(β·h) − α·log π(y_w|x)/|y_w|
+        L_i = −(1 − ε)·log σ(z_i) − ε·log σ(−z_i),   z_i = β·(v_i − m_i),   m = match_ranks(v, targets)
 
-    DPO alone may lower the chosen completion's probability as long as the rejected one's falls further; the second term
-    pulls against that. α = 0 is ``dpo``. Lengths are counts of scored tokens, ≥ 1.
-    Raises ``ValueError`` unless β > 0 and α ≥ 0.
-    Source: eq. 1 of Pang et al. 2024 (arXiv 2404.19733).
+    Paired: v = log π(y_w|x) − log π(y_l|x), the targets are the same under π_ref. Unpaired, for as many chosen
+    completions as rejected ones, each side moves and is matched to the other::
+
+        losses = torch.cat([
+            aot(chosen, match_ranks(chosen, rejected), beta=beta),  # log-ratios of all chosen completions of the step
+            aot(-rejected, match_ranks(-rejected, -chosen), beta=beta),
+        ])
+
+    The matches take no gradient, so parts of the batch add up to the gradient of the whole: of the two sides' *sum*,
+    divided by the number of chosen completions. Its value then counts every difference twice.
+    Raises ``ValueError`` unless β > 0 and 0 ≤ ε < ½.
+    Source: Melnyk et al. 2024 (arXiv 2406.05882), with the logistic loss as the cost.
     """
-    _require_not_negative("alpha", alpha)
-    require_same_shape(chosen_logprobs, chosen_lengths=chosen_lengths)
-    losses = dpo(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta=beta)
-    return losses - alpha * chosen_logprobs / chosen_lengths
+    return conservative_dpo(values, matched.detach(), beta=beta, label_smoothing=label_smoothing)
 
 
-def _log_ratio_margin(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
-    """h: how much more the policy leans to the chosen completion than its reference does."""
-    require_same_shape(
-        chosen, rejected_logprobs=rejected, ref_chosen_logprobs=ref_chosen, ref_rejected_logprobs=ref_rejected
-    )
-    return (chosen - ref_chosen) - (rejected - ref_rejected)
+def wpo_weights(
+    token_logprobs: Float[Tensor, "*batch time"],
+    mask: Bool[Tensor, "*batch time"],
+    log_collisions: Float[Tensor, "*batch time"],
+) -> Float[Tensor, "*batch"]:
+    """How much like the policy's own writing a completion is, to weigh the loss of pairs that others wrote.
+
+        w = exp( 1/|y| · Σ_t [ log π(y_t|x, y_<t) − log Σ_v π(v|x, y_<t)² ] )
+
+    ``log_collisions`` is the second term: the log-probability that two draws of that token agree. A token drawn from
+    the policy weighs 1 on average. A pair weighs the product of its two completions. No gradient; no scored token
+    gives 1.
+    Source: eq. 2 of Zhou et al. 2024 (arXiv 2406.11827).
+    """
+    require_same_shape(token_logprobs, mask=mask, log_collisions=log_collisions)
+    aligned = sequence_logprobs((token_logprobs - log_collisions).detach(), mask)
+    return (aligned / mask.sum(-1).clamp(min=1)).exp()
 
 
-def _log_odds(logprobs: Tensor) -> Tensor:
-    """log p/(1 − p) from log p, exact at both ends: 1 − p is −expm1(log p) near 1 and 1 − exp(log p) near 0."""
-    logprobs = logprobs.clamp(max=-torch.finfo(logprobs.dtype).eps)
-    near_one = logprobs > -math.log(2)
-    # Each branch sees only arguments it is good at, for the gradient of `where` goes through both.
-    log_complement = torch.where(
-        near_one,
-        torch.log(-torch.expm1(torch.where(near_one, logprobs, -1.0))),
-        torch.log1p(-torch.exp(torch.where(near_one, -1.0, logprobs))),
-    )
-    return logprobs - log_complement
+def length_desensitized_logprobs(
+    token_logprobs: Float[Tensor, "*batch time"],
+    mask: Bool[Tensor, "*batch time"],
+    shared_lengths: Int[Tensor, "*batch"],
+    *,
+    alpha: float,
+) -> Float[Tensor, "*batch"]:
+    """Sequence log-probabilities in which what one completion has beyond the other's length counts α (LD-DPO).
+
+        log π̂(y|x) = Σ_{t≤l} log π(y_t|x, y_<t) + α·Σ_{t>l} log π(y_t|x, y_<t)
+
+    l is ``shared_lengths``, the smaller number of scored tokens of the pair; only scored tokens count. Take it under
+    both policies. α = 1 is ``sequence_logprobs``, α = 0 cuts both completions to one length.
+    Raises ``ValueError`` unless 0 ≤ α ≤ 1.
+    Source: Liu et al. 2024 (arXiv 2409.06411).
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    shared = mask & (mask.cumsum(-1) <= shared_lengths.unsqueeze(-1))
+    return alpha * sequence_logprobs(token_logprobs, mask) + (1 - alpha) * sequence_logprobs(token_logprobs, shared)
 
 
-def _require_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
+def _rewards_margin(chosen_log_ratios: Tensor, rejected_log_ratios: Tensor, beta: float) -> Tensor:
+    """β·h: by how much the implicit reward of the chosen completion is ahead."""
+    require_positive("beta", beta)
+    require_same_shape(chosen_log_ratios, rejected_log_ratios=rejected_log_ratios)
+    return beta * (chosen_log_ratios - rejected_log_ratios)
 
 
-def _require_not_negative(name: str, value: float) -> None:
-    if not value >= 0:
-        raise ValueError(f"{name} must not be negative, got {value}")
+def _saturating(log_ratios: Tensor, alpha: float) -> Tensor:
+    """(1 − e^(−αu))/α, exact for small αu; for −αu above ``MAX_EXPONENT`` its tangent there."""
+    exponents = -alpha * log_ratios
+    bounded = exponents.clamp(max=MAX_EXPONENT)
+    return (torch.expm1(bounded) + math.exp(MAX_EXPONENT) * (exponents - bounded)) / -alpha
 
 
 def _require_noise_rate(label_smoothing: float) -> None:

@@ -1,4 +1,4 @@
-"""What all objectives ask of their arguments: equal shapes, and masked entries that can't leak."""
+"""What all objectives ask of their arguments: equal shapes, settings in range, masked entries that can't leak."""
 
 from __future__ import annotations
 
@@ -23,3 +23,15 @@ def fill_masked(x: Tensor, mask: Tensor | None, filling: float = 0.0) -> Tensor:
     """
     require_same_shape(x, mask=mask)
     return x if mask is None else torch.where(mask, x, filling)
+
+
+def require_positive(name: str, value: float) -> None:
+    """Raise ``ValueError``, naming the argument, unless it is above 0; NaN is not."""
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
+def require_not_negative(name: str, value: float) -> None:
+    """Raise ``ValueError``, naming the argument, unless it is 0 or above; NaN is not."""
+    if not value >= 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
