@@ -80,6 +80,19 @@ def test_with_a_tokenizer_the_trained_tokens_are_marked(letters: PreTrainedToken
     assert any(line.startswith("  length in tokens") for line in lines)
 
 
+def test_all_tokens_are_marked_where_all_are_trained(letters: PreTrainedTokenizerBase) -> None:
+    rows = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No."}]}]
+    for tokenizer, marked in (
+        (letters, "<|im_start|>⟦user\nHi<|im_end|>\n<|im_start|>assistant\nNo.<|im_end|>⟧"),
+        (None, "user: ⟦Hi⟧\nassistant: ⟦No.⟧\n"),
+    ):
+        (example,) = check_data(rows, task="sft", tokenizer=tokenizer, train_on="all").examples
+        parts = (*example.prompt, *example.completions[0])
+        assert "".join(f"⟦{part.text}⟧" if part.trained else part.text for part in parts) == marked
+    with pytest.raises(SettingsError, match="--train-on: has no effect without --task sft"):
+        CheckSettings(files=("rows.jsonl",), train_on="all")
+
+
 def test_cuts_and_drops_of_the_tokenizer_are_counted(letters: PreTrainedTokenizerBase) -> None:
     rows = [PAIR, PAIR | {"prompt": "x" * 40}, PAIR | {"prompt": "x" * 22}]
     settings = TokenizeSettings(max_length=24, max_prompt_length=23)

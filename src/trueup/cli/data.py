@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from trueup.errors import DataError, SettingsError
+from trueup.runs.settings import check_used
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,12 +38,17 @@ class CheckSettings:
     """What to do with a completion that is too long: cut it, or drop its row."""
     train_turns: Literal["all", "last"] = "all"
     """Which assistant turns of a demonstration are trained."""
+    train_on: Literal["completion", "all"] = "completion"
+    """Which tokens of a demonstration are trained: see trueup sft. Needs --task sft."""
     chat_template: str | None = None
     """Chat template in place of the tokenizer's own: 'plain', a Jinja template, or a file that holds one."""
     wrap_text: bool = False
     """Put plain prompts and completions into chat turns, so that the chat template applies."""
     special_tokens_in_text: Literal["plain", "token"] = "plain"
     """What '<|im_end|>' and the like are inside data: plain text, or the token itself."""
+
+    def __post_init__(self) -> None:
+        check_used(self, self.task == "sft", "--task sft", "train_on")
 
 
 def check(settings: CheckSettings) -> None:
@@ -73,6 +79,7 @@ def check(settings: CheckSettings) -> None:
             wrap_text=settings.wrap_text,
             special_tokens_in_text=settings.special_tokens_in_text,
         ),
+        train_on=settings.train_on,
         num_examples=settings.num_examples,
     )
     print_check(found, Console(), name=", ".join(settings.files))

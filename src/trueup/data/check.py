@@ -6,11 +6,12 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from trueup.data.chat import TokenizeSettings, tokenize_group
+from trueup.data.collate import train_all_tokens
 from trueup.data.formats import FORMATS, ReadReport, Source, Task, read_examples
 from trueup.records import CompletionGroup, RankedCompletions, Text
 
@@ -69,10 +70,12 @@ def check_data(
     data_format: str = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: TokenizeSettings | None = None,
+    train_on: Literal["completion", "all"] = "completion",
     num_examples: int = 3,
 ) -> DataCheck:
     """Read all of ``source`` and measure it: in tokens with a tokenizer, otherwise in words.
 
+    ``train_on``: what the examples show as trained; with "all", demonstrations as ``train_all_tokens`` makes them.
     Malformed rows are collected in the report; reading goes on after them. Raises ``DataError`` for a source that can't
     be read at all, ``ModelError`` for a tokenizer that does not do.
     """
@@ -94,7 +97,12 @@ def check_data(
             prompts.append(len(group.prompt))
             completions.append(np.array([len(completion.tokens) for completion in group.completions]))
         if len(shown) < num_examples:
-            shown.append(_shown_text(example) if group is None else _shown_tokens(tokenizer, group))
+            everything = train_on == "all"
+            shown.append(
+                _shown_text(example, everything=everything)
+                if group is None
+                else _shown_tokens(tokenizer, train_all_tokens(group) if everything else group)
+            )
     return DataCheck(
         report=report,
         unit="words" if tokenizer is None else "tokens",
@@ -108,18 +116,18 @@ def _num_words(text: Text) -> int:
     return len(text.split()) if isinstance(text, str) else sum(len(str(turn["content"]).split()) for turn in text)
 
 
-def _shown_text(example: RankedCompletions) -> ShownExample:
-    """Without a tokenizer: the turns by name, what the assistant says in a completion as trained."""
+def _shown_text(example: RankedCompletions, *, everything: bool) -> ShownExample:
+    """Without a tokenizer: the turns by name; as trained what the assistant says in a completion, or everything."""
 
     def parts(text: Text, *, completion: bool) -> tuple[Part, ...]:
         if isinstance(text, str):
-            return (Part(text=text, trained=completion),)
+            return (Part(text=text, trained=completion or everything),)
         return tuple(
             part
             for turn in text
             for part in (
                 Part(text=f"{turn['role']}: ", trained=False),
-                Part(text=str(turn["content"]), trained=completion and turn["role"] == "assistant"),
+                Part(text=str(turn["content"]), trained=everything or (completion and turn["role"] == "assistant")),
                 Part(text="\n", trained=False),
             )
         )
