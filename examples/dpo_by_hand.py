@@ -4,8 +4,8 @@
 
     python examples/dpo_by_hand.py --model MODEL --data pairs.jsonl --steps 4
 
-``pairs.jsonl`` has one ``{"prompt": "...", "chosen": "...", "rejected": "..."}`` a line, plain text. MODEL is a folder or
-a hub name. Each step prints its loss, the implicit rewards of both sides, and how often the chosen one is ahead.
+``pairs.jsonl`` has one ``{"prompt": "...", "chosen": "...", "rejected": "..."}`` a line, plain text. MODEL is a folder
+or a hub name. Each step prints its loss, the implicit rewards of both sides, and how often the chosen one is ahead.
 ``dpo_with_trl.py`` does the same with TRL, and so does
 
     trueup preference --model MODEL --data pairs.jsonl --streaming --max-steps 4 --batch-size 4 --learning-rate 1e-5 \

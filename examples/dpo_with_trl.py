@@ -3,8 +3,8 @@
     pip install trl
     python examples/dpo_with_trl.py --model MODEL --data pairs.jsonl --steps 4
 
-By default TRL shuffles, takes 8 pairs a step and lets the learning rate fall; here it is told otherwise. Dropout is off on
-both sides.
+By default TRL shuffles, takes 8 pairs a step and lets the learning rate fall; here it is told otherwise. Dropout is off
+on both sides.
 """
 
 import argparse
