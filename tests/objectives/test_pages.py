@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGES = ["objectives/" + name for name in ("returns", "advantages", "policy_gradient", "value", "divergence", "reduce")]
+PAGES = [
+    "objectives/" + name
+    for name in ("returns", "advantages", "policy_gradient", "value", "divergence", "reduce", "logprobs")
+]
 BLOCK = re.compile(r"```python\n(?P<code>.*?)```(?:\n\n```text\n(?P<output>.*?)```)?", re.DOTALL)
 
 
