@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from trueup.errors import ModelError, SettingsError, require_extra
 from trueup.models.load import no_progress_bars
+from trueup.models.score_scale import ScoreScale
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -153,7 +154,9 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER)
     tensors = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    # How a reward model's scores are read stands in the base model's config, which is not saved here.
+    scale = {name: repr(value) for name, value in ScoreScale.of(model.config.to_dict()).fields().items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", **scale})
     config = copy.deepcopy(model.peft_config[ADAPTER])
     config.inference_mode = True
     config.base_model_name_or_path = config.base_model_name_or_path or model.name_or_path
@@ -166,7 +169,8 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
     Raises ``ModelError`` if ``folder`` holds no adapter, or one that doesn't fit the model.
     """
     peft: Any = require_extra("peft", "lora")
-    if not (Path(folder) / "adapter_model.safetensors").is_file():
+    weights = Path(folder) / "adapter_model.safetensors"
+    if not weights.is_file():
         raise ModelError(
             "holds no adapter", where=str(folder), way_out="save_adapter writes adapter_config.json and its weights"
         )
@@ -181,6 +185,10 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
                 where=str(folder),
                 way_out="load it onto the model named in its adapter_config.json",
             ) from error
+    from safetensors import safe_open
+
+    with safe_open(weights, "pt") as file:
+        model.config.update(ScoreScale.of(file.metadata() or {}).fields() if is_reward_model(model) else {})
     return model
 
 
