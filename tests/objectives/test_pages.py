@@ -12,7 +12,10 @@ import pytest
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = [
     "objectives/" + name
-    for name in ("returns", "advantages", "policy_gradient", "value", "divergence", "reduce", "logprobs")
+    for name in (
+        *("returns", "advantages", "policy_gradient", "value", "divergence", "reduce", "logprobs"),
+        *("preference", "preference_losses", "pointwise", "reference_free"),
+    )
 ]
 BLOCK = re.compile(r"```python\n(?P<code>.*?)```(?:\n\n```text\n(?P<output>.*?)```)?", re.DOTALL)
 

@@ -490,9 +490,19 @@ def test_f_dpo_ends_at_the_optimum_of_its_divergence(
     torch.testing.assert_close(minimiser, newton(negative_objective, problem.ref).log_softmax(-1), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize(("loss", "scale"), [(partial(exo, label_smoothing=0.1), math.log(9)), (ipo, 0.5)])
-def test_exo_and_ipo_end_at_a_multiple_of_the_preference(newton: Any, loss: PairLoss, scale: float) -> None:
-    """β·h = (2p − 1)·log((1 − ε)/ε) and (2p − 1)/2: linear in p, where DPO's is log(p/(1 − p))."""
+@pytest.mark.parametrize(
+    ("loss", "rewards_margin"),
+    [
+        (dpo, lambda p: p.logit()),
+        (partial(conservative_dpo, label_smoothing=0.1), lambda p: (0.1 + 0.8 * p).logit()),
+        (partial(exo, label_smoothing=0.1), lambda p: (2 * p - 1) * math.log(9)),
+        (ipo, lambda p: p - 0.5),
+    ],
+)
+def test_where_the_margin_of_a_pair_ends(
+    newton: Any, loss: Callable[..., Tensor], rewards_margin: Callable[[Tensor], Tensor]
+) -> None:
+    """Of a pair that is labelled right with probability p: β·h as the docs' table has it."""
     probability, beta = t(0.1, 0.5, 0.7, 0.99), 0.6
 
     def population(margins: Tensor) -> Tensor:
@@ -501,9 +511,7 @@ def test_exo_and_ipo_end_at_a_multiple_of_the_preference(newton: Any, loss: Pair
         )
         return either.sum()
 
-    torch.testing.assert_close(
-        beta * newton(population, t(0, 0, 0, 0)), (2 * probability - 1) * scale, rtol=0, atol=1e-9
-    )
+    torch.testing.assert_close(beta * newton(population, t(0, 0, 0, 0)), rewards_margin(probability), rtol=0, atol=1e-9)
 
 
 def test_plackett_luce_dpo_ends_at_the_kl_regularised_optimum(newton: Any) -> None:

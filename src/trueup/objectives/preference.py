@@ -426,19 +426,19 @@ def aot(
 def wpo_weights(
     token_logprobs: Float[Tensor, "*batch time"],
     mask: Bool[Tensor, "*batch time"],
-    log_collisions: Float[Tensor, "*batch time"],
+    log_collision: Float[Tensor, "*batch time"],
 ) -> Float[Tensor, "*batch"]:
     """How much like the policy's own writing a completion is, to weigh the loss of pairs that others wrote.
 
         w = exp( 1/|y| · Σ_t [ log π(y_t|x, y_<t) − log Σ_v π(v|x, y_<t)² ] )
 
-    ``log_collisions`` is the second term: the log-probability that two draws of that token agree. A token drawn from
+    ``log_collision`` is the second term: the log-probability that two draws of that token agree. A token drawn from
     the policy weighs 1 on average. A pair weighs the product of its two completions. No gradient; no scored token
     gives 1.
     Source: eq. 2 of Zhou et al. 2024 (arXiv 2406.11827).
     """
-    require_same_shape(token_logprobs, mask=mask, log_collisions=log_collisions)
-    aligned = sequence_logprobs((token_logprobs - log_collisions).detach(), mask)
+    require_same_shape(token_logprobs, mask=mask, log_collision=log_collision)
+    aligned = sequence_logprobs((token_logprobs - log_collision).detach(), mask)
     return (aligned / mask.sum(-1).clamp(min=1)).exp()
 
 

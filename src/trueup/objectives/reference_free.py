@@ -112,7 +112,7 @@ def cpo(
     ``nll_coef`` c weighs the second term, which keeps the chosen completion likely; with c = 0 the population minimiser
     on Bradley–Terry labels is π* ∝ exp(r/β). ``label_smoothing`` ε is that of ``conservative_dpo``, 0 in the paper.
     Raises ``ValueError`` unless β > 0, 0 ≤ ε < ½ and c ≥ 0.
-    Source: Xu et al. 2024 (arXiv 2401.08417).
+    Source: Xu et al. 2024 (arXiv 2401.08417), eq. 3 for the comparison; the likelihood is per token, as in ORPO.
     """
     require_not_negative("nll_coef", nll_coef)
     require_same_shape(chosen_logprobs, chosen_lengths=chosen_lengths)
