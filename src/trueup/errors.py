@@ -41,6 +41,10 @@ class NonFiniteError(TrueupError):
     """Too many losses or gradients that are not finite numbers."""
 
 
+class OutOfMemoryError(TrueupError):
+    """An allocation failed; the message says what to lower, and to what."""
+
+
 class MissingExtraError(TrueupError):
     """An optional package is needed; the message names the extra that brings it."""
 

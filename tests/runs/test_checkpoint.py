@@ -14,6 +14,7 @@ from trueup.runs.checkpoint import (
     check_checkpoint,
     checkpoint_step,
     latest_checkpoint,
+    load_latest,
     load_state,
     prune,
     save_checkpoint,
@@ -93,11 +94,51 @@ def test_a_checkpoint_cut_short_is_noticed(tmp_path, name, damage):
     assert "goes on from step-000001" in str(raised.value)
 
 
-def test_a_changed_byte_in_a_small_file_is_noticed(tmp_path):
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model/config.json", "model/nested/weights.bin", "state/state.pt"])
+def test_a_flipped_bit_is_noticed(tmp_path, name):
     checkpoint = save(tmp_path, 1)
-    (checkpoint / "model" / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"config\.json was changed.*\n.*goes on from its start"):
+    flip_a_bit(checkpoint / name)
+    with pytest.raises(CheckpointError, match=rf"{name} was changed.*\n.*goes on from its start"):
         check_checkpoint(checkpoint)
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_damaged_ones_make_room(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    assert load_latest(tmp_path) is not None
+    flip_a_bit(tmp_path / "checkpoints" / "step-000003" / "state" / "state.pt")
+    (tmp_path / "checkpoints" / "step-000002" / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match="damaged") as warned:
+        found = load_latest(tmp_path)
+    assert found is not None
+    assert (found[0].name, found[1]["step"]) == ("step-000001", 1)
+    assert len(warned) == 2
+    assert "kept as damaged-step-000003" in str(warned[0].message)
+    names = ["damaged-step-000002", "damaged-step-000003", "step-000001"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names
+    assert save(tmp_path, 3) == latest_checkpoint(tmp_path)
+    assert load_state(tmp_path / "checkpoints" / "step-000003")["step"] == 3
+
+
+def test_where_no_checkpoint_is_whole_all_stay(tmp_path):
+    assert load_latest(tmp_path) is None
+    for step in (1, 2):
+        flip_a_bit(save(tmp_path, step) / "state" / "state.pt")
+    with pytest.raises(CheckpointError, match="step-000002: the checkpoint is damaged"):
+        load_latest(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+
+
+def test_a_file_where_the_checkpoints_should_be_is_a_typed_error(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(CheckpointError, match=r"can't be written.*there is no checkpoint yet"):
+        save(tmp_path, 1)
 
 
 def test_a_missing_checkpoint_is_an_error(tmp_path):
@@ -170,7 +211,7 @@ def test_a_full_disk_while_the_model_is_written(tmp_path):
         with Path("/dev/full").open("w") as file:
             file.write("x")
 
-    with pytest.raises(CheckpointError, match=r"no room to write step-000002; step-000001 is whole"):
+    with pytest.raises(CheckpointError, match=r"step-000002: no room to write it; step-000001 is whole"):
         save_checkpoint(tmp_path, 2, save_model=write_to_full_disk, state={}, keep_last=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
     assert load_state(tmp_path / "checkpoints" / "step-000001")["step"] == 1
@@ -198,7 +239,7 @@ def test_no_room_while_a_library_writes(tmp_path):
     """PyTorch's and safetensors' own writers hit a file-size limit, which they report in their own exception types."""
     save(tmp_path, 1)
     done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    message = f"{tmp_path / 'checkpoints'}: no room to write step-000002; step-000001 is whole"
+    message = f"{tmp_path / 'checkpoints' / 'step-000002'}: no room to write it; step-000001 is whole"
     assert done.stdout.splitlines() == [message, message], done.stderr
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trueup.runs.files import is_disk_full, write_atomic
+from trueup.errors import CheckpointError
+from trueup.runs.files import is_disk_full, write_atomic, write_errors
 
 
 def test_content_is_replaced(tmp_path):
@@ -57,3 +58,14 @@ def test_a_full_disk_is_known_behind_another_error():
     with pytest.raises(RuntimeError) as raised:
         write_as_libraries_do()
     assert is_disk_full(raised.value)
+
+
+def test_what_can_t_be_written_is_said_with_the_way_out(tmp_path):
+    for error, what in (
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), r"metrics: no room to write it\n  → free some space"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), r"metrics: can't be written \(.*Read-only.*\n  → mend that"),
+    ):
+        with pytest.raises(CheckpointError, match=what), write_errors(tmp_path / "metrics"):
+            raise error
+    with pytest.raises(ZeroDivisionError), write_errors(tmp_path):
+        raise ZeroDivisionError

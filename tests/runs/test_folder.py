@@ -43,6 +43,8 @@ def test_a_new_folder_holds_settings_and_environment(folder):
     assert environment["num_threads"] == torch.get_num_threads()
     assert environment["python"] == sys.version.split()[0]
     assert environment["argv"] == sys.argv
+    assert sorted(path.name for path in folder.path.iterdir()) == [".lock", "config.yaml", "environment.json"]
+    folder.close()
     assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml", "environment.json"]
 
 
@@ -105,6 +107,14 @@ def test_resuming_keeps_the_first_environment_and_adds_the_new(begun):
 def test_resuming_an_empty_folder_starts_it(tmp_path):
     folder = RunFolder.create(tmp_path / "new", Settings(), resume=True)
     assert "resumed" not in json.loads((folder.path / "environment.json").read_text())
+
+
+def test_a_kill_before_the_first_file_leaves_the_folder_free(tmp_path):
+    (tmp_path / ".environment.json.tmp-12345").write_text("{")
+    (tmp_path / ".lock").write_text("12345")
+    folder = RunFolder.create(tmp_path, Settings())
+    folder.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "environment.json"]
 
 
 def test_resuming_with_other_settings_names_them(begun):
@@ -221,3 +231,45 @@ def test_a_broken_line_in_the_middle_loses_nothing(folder):
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: "):
         folder.truncate_after(1)
     assert folder.metrics.read_bytes() == before
+
+
+def test_every_appended_file_is_cut_back_or_none_is(folder):
+    for step in (1, 2):
+        folder.log({"loss": 1.0}, step)
+        folder.log_samples([{"text": "x"}], step)
+        folder.log_bad_batch([{"where": "a.jsonl:1"}, {"where": "a.jsonl:2"}], step)
+    written = [path for path in folder.records if path.exists()]
+    before = [path.read_bytes() for path in written]
+    with folder.bad_batches.open("a") as file:
+        file.write("oops\n")
+    with pytest.raises(DataError, match=r"bad_batches\.jsonl:5: "):
+        folder.truncate_after(1)
+    assert [path.read_bytes() for path in written if path != folder.bad_batches] == before[:-1]
+    folder.bad_batches.write_bytes(before[-1])
+    folder.truncate_after(1)
+    assert [[record["step"] for record in read_lines(path)] for path in written] == [[1], [1], [1, 1]]
+    folder.sync()
+
+
+def test_a_line_that_can_t_be_written_is_a_typed_error(folder):
+    folder.metrics.mkdir()
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: can't be written"):
+        folder.log({"loss": 1.0}, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("environment.json", "{"), ("environment.json", "[]"), ("config.yaml", "a: [")]
+)
+def test_resuming_with_a_damaged_record_names_the_file(begun, name, content):
+    (begun.path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=rf"{name}: can't be read"):
+        RunFolder.create(begun.path, Settings(), resume=True)
+    assert (begun.path / name).read_text() == content
+
+
+def test_a_refused_folder_is_left_as_it_was(begun):
+    begun.close()
+    before = sorted(path.name for path in begun.path.iterdir())
+    with pytest.raises(SettingsError, match="not empty"):
+        RunFolder.create(begun.path, Settings())
+    assert sorted(path.name for path in begun.path.iterdir()) == before

@@ -1,8 +1,8 @@
 """``trueup``: finds the command, parses its settings, runs it.
 
 Nothing heavy is imported before the command is known to run: help and mistakes are answered at once.
-Exit codes: 0 done; 2 a mistake that the user can mend, said in one message on stderr; 130 interrupted; 141 the output's
-reader went away; 1 anything else, with its traceback.
+Exit codes: 0 done; 2 a mistake that the user can mend, said in one message on stderr; 130 interrupted, 143 by SIGTERM;
+141 the output's reader went away; 1 anything else, with its traceback.
 """
 
 from __future__ import annotations
@@ -64,13 +64,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrueupError as error:
         print(f"trueup: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("trueup: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"trueup: {error or 'interrupted'}", file=sys.stderr)
+        return getattr(error, "exit_code", 130)
     except BrokenPipeError:
         # The reader (`| head`) has seen enough. What Python still flushes at its end must not meet the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        if (shortage := _shortage(error)) is None:
+            raise
+        print(f"trueup: {shortage}", file=sys.stderr)
+        return 2
+
+
+def _shortage(error: Exception) -> str | None:
+    """What to say where memory or the disk ran out in the middle of something that doesn't look out for it."""
+    from trueup.runs.files import is_disk_full
+    from trueup.runs.memory import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return "out of memory\n  → take a smaller model, or --dtype bfloat16"
+    if is_disk_full(error):
+        return f"no room left on the disk: {error}\n  → free some space"
+    return None
 
 
 def _dispatch(argv: list[str]) -> int:

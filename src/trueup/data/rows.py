@@ -297,7 +297,11 @@ def _parquet_rows(stream: IO[bytes], name: str) -> Iterator[Row]:
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(f"{name}: row {number}", fields)
-        except pyarrow.ArrowException as error:
+        except (
+            pyarrow.ArrowException,
+            ValueError,
+            OverflowError,
+        ) as error:  # text that isn't UTF-8, times out of range
             raise DataError(f"not a readable Parquet file ({error})", where=name, way_out="write it again") from error
 
 

@@ -4,7 +4,7 @@
 
     checkpoints/step-000200/model/          whatever ``save_model`` writes (Hugging Face layout)
     checkpoints/step-000200/state/state.pt  everything else the run needs to go on: tensors and plain values, no pickle
-    checkpoints/step-000200/manifest.json   every file with its size, small ones with their SHA-256
+    checkpoints/step-000200/manifest.json   every file with its size and SHA-256
 
 A checkpoint is written into a hidden folder beside, every file and folder is synced to the disk, and only then is it
 renamed: a folder called ``step-…`` is whole, or was damaged afterwards, which the manifest shows.
@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,8 @@ from typing import Any
 import torch
 
 from trueup.errors import CheckpointError
-from trueup.runs.files import is_disk_full, sync_folder, sync_tree
+from trueup.runs.files import is_disk_full, sync_folder, sync_tree, unwritable
 from trueup.runs.folder import RunFolder
-
-_HASHED_BYTES = 1 << 20
-"""Files up to this size are hashed; of larger ones the size is compared, which is what a cut file shows."""
 
 
 def save_checkpoint(
@@ -45,30 +43,33 @@ def save_checkpoint(
     numbers, strings, booleans and None. ``keep_last`` removes older checkpoints once the new one is safe.
     If a whole checkpoint of this step is there already, it stays as it is: a run reaches a step in one state only.
 
-    Raises ``CheckpointError`` when the disk is full; earlier checkpoints are untouched. Raises ``TypeError`` for a
-    state that couldn't be read back. Whatever ``save_model`` raises passes through, with nothing left behind.
+    Raises ``CheckpointError`` when the disk is full or can't be written; earlier checkpoints are untouched. Raises
+    ``TypeError`` for a state that couldn't be read back. Whatever else ``save_model`` raises passes through, with
+    nothing left behind.
     """
     _check_plain(state, "state")
     folder = _checkpoints(run_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
     checkpoint = folder / f"step-{step:06d}"
-    if checkpoint.exists():
-        check_checkpoint(checkpoint)
-    else:
-        aside = folder / f".{checkpoint.name}.tmp-{os.getpid()}"
-        try:
+    aside = folder / f".{checkpoint.name}.tmp-{os.getpid()}"
+    try:
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            sync_folder(folder.parent)
+        for leftover in folder.glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if checkpoint.exists():
+            check_checkpoint(checkpoint)
+        else:
             _write(aside, step, save_model, state)
             aside.rename(checkpoint)
             sync_folder(folder)
-        except BaseException as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            if is_disk_full(error):
-                raise _disk_full(checkpoint, run_folder) from error
-            raise
-    if keep_last is not None:
-        prune(run_folder, keep_last)
+        if keep_last is not None:
+            prune(run_folder, keep_last)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError) or is_disk_full(error):
+            raise unwritable(checkpoint, error, _what_is_whole(run_folder)) from error
+        raise
     return checkpoint
 
 
@@ -78,6 +79,28 @@ def latest_checkpoint(run_folder: RunFolder | Path) -> Path | None:
     The checkpoint is not examined: ``load_state`` and ``check_checkpoint`` do that.
     """
     return max(_all_checkpoints(run_folder), key=checkpoint_step, default=None)
+
+
+def load_latest(run_folder: RunFolder | Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, and its state; None where there is no checkpoint.
+
+    Damaged ones that are newer are renamed to ``damaged-step-…``, with a warning: the run writes them anew. Raises
+    ``CheckpointError`` where there are checkpoints, but none is whole; then none is renamed.
+    """
+    damaged: list[tuple[Path, CheckpointError]] = []
+    for checkpoint in sorted(_all_checkpoints(run_folder), key=checkpoint_step, reverse=True):
+        try:
+            state = load_state(checkpoint)
+        except CheckpointError as error:
+            damaged.append((checkpoint, error))
+            continue
+        for path, error in damaged:
+            kept = _rename_damaged(path)
+            warnings.warn(f"{path}: {error.what}; it is kept as {kept.name}", stacklevel=2)
+        return checkpoint, state
+    if damaged:
+        raise damaged[0][1]
+    return None
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -109,7 +132,7 @@ def check_checkpoint(checkpoint: Path) -> None:
         size = path.stat().st_size
         if size != expected["bytes"]:
             raise _damaged(checkpoint, f"{name} has {size:,} bytes and should have {expected['bytes']:,}")
-        if "sha256" in expected and _sha256(path) != expected["sha256"]:
+        if "sha256" in expected and _sha256(path) != expected["sha256"]:  # earlier versions had none for large files
             raise _damaged(checkpoint, f"the content of {name} was changed")
 
 
@@ -144,12 +167,18 @@ def _write(aside: Path, step: int, save_model: Callable[[Path], object], state: 
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    return {"bytes": size, "sha256": _sha256(path)} if size <= _HASHED_BYTES else {"bytes": size}
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _rename_damaged(checkpoint: Path) -> Path:
+    kept = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    shutil.rmtree(kept, ignore_errors=True)
+    return checkpoint.rename(kept)
 
 
 def _checkpoints(run_folder: RunFolder | Path) -> Path:
@@ -186,10 +215,6 @@ def _damaged(checkpoint: Path, what: str) -> CheckpointError:
     )
 
 
-def _disk_full(checkpoint: Path, run_folder: RunFolder | Path) -> CheckpointError:
+def _what_is_whole(run_folder: RunFolder | Path) -> str:
     last = latest_checkpoint(run_folder)
-    return CheckpointError(
-        f"no room to write {checkpoint.name}; " + (f"{last.name} is whole" if last else "there is no checkpoint yet"),
-        where=str(checkpoint.parent),
-        way_out="free some space (or keep fewer checkpoints) and go on with --resume auto",
-    )
+    return f"{last.name} is whole" if last else "there is no checkpoint yet"

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from trueup.errors import CheckpointError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -45,6 +50,30 @@ def sync_tree(folder: Path) -> None:
             with Path(root, name).open("rb+") as file:
                 os.fsync(file.fileno())
         sync_folder(Path(root))
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file is what a kill left of ``write_atomic``."""
+    return re.fullmatch(r"\..+\.tmp-\d+", path.name) is not None and path.is_file()
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """What the system has against writing ``path`` (no room, no permission, a folder that is gone) as a
+    ``CheckpointError``."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: BaseException, kept: str = "") -> CheckpointError:
+    """The message for a write that failed; ``kept`` says what is safe nevertheless."""
+    reason = "no room to write it" if is_disk_full(error) else f"can't be written ({error})"
+    mend = "free some space (or keep fewer checkpoints)" if is_disk_full(error) else "mend that"
+    return CheckpointError(
+        f"{reason}; {kept}" if kept else reason, where=str(path), way_out=f"{mend} and go on with --resume auto"
+    )
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -20,7 +20,9 @@ from trueup.data.collate import micro_batches
 from trueup.models.tree import TreeBatch, tree_batch
 from trueup.records import CompletionGroup
 from trueup.runs.statistics import accuracy_interval, length_matched_accuracy
+from trueup.trainers.fingerprint import weights_fingerprint
 from trueup.trainers.inputs import Inputs
+from trueup.trainers.memory import memory_errors
 from trueup.trainers.session import RunResult, Session
 from trueup.trainers.stepping import Stepper
 from trueup.trainers.tally import Tally, Totals
@@ -42,7 +44,7 @@ def fit(
 
     ``accuracy`` names the metric of 0, ½ and 1 that gets an interval and its length-matched form in evaluations.
     Raises ``NonFiniteError`` after ``max_skipped_steps`` steps without a finite loss or gradient, and
-    ``KeyboardInterrupt`` after an interrupt, once the step is finished and saved.
+    ``KeyboardInterrupt`` after an interrupt, once the step is finished and saved; and ``OutOfMemoryError``.
     """
     settings = session.settings
     device = next(scorer.parameters()).device
@@ -52,10 +54,11 @@ def fit(
         tally, totals = Tally(), Totals.of(groups)
         for micro in micro_batches(groups, settings.tokens_per_batch):
             chosen = [groups[index] for index in micro]
-            batch = tree_batch(chosen, device)
-            share, metrics = loss(chosen, batch, totals)
-            if learn:
-                share.backward()
+            with memory_errors(settings, chosen):
+                batch = tree_batch(chosen, device)
+                share, metrics = loss(chosen, batch, totals)
+                if learn:
+                    share.backward()
             tally.add(share, metrics, tokens=len(batch.tokens))
         return tally
 
@@ -66,12 +69,13 @@ def fit(
             with torch.no_grad():
                 tally = measure(inputs.held_out, learn=False)
             metrics = {f"eval_{name}": value for name, value in summary(tally, accuracy).items()}
-            session.folder.log(metrics, step)
+            session.log(metrics, step)
         write_samples(step)
         scorer.train()
         return metrics
 
-    start, counters = session.restore(stepper)
+    fingerprints = inputs.fingerprints | {"starting weights": weights_fingerprint(scorer)}
+    start, counters = session.restore(stepper, fingerprints)
     evaluated: dict[str, float] = {}
     trained: dict[str, float] = {}
     scorer.train()
@@ -97,7 +101,7 @@ def fit(
                 "step_seconds": seconds,
                 "tokens_per_second": tally.tokens / seconds,
             }
-            session.folder.log(trained, done)
+            session.log(trained, done)
             progress.step(num_tokens=tally.tokens, metrics={"loss": tally.loss})
             if not math.isfinite(grad_norm):
                 session.skipped(groups, done, counters)
@@ -108,7 +112,7 @@ def fit(
             if last or due(done, settings.save_every) or session.interrupt.requested:
                 session.save(done, stepper, counters, save_model)
             if session.interrupt.requested:
-                raise KeyboardInterrupt
+                raise session.stopped(done)
     return session.result(evaluated or trained)
 
 

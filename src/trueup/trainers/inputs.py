@@ -14,6 +14,7 @@ from trueup.data.collate import batches, merge_prompts, num_steps, prompt_famili
 from trueup.data.formats import ReadReport, read_examples
 from trueup.errors import DataError, SettingsError
 from trueup.records import CompletionGroup, RankedCompletions
+from trueup.trainers.fingerprint import groups_fingerprint, stream_fingerprint, tokenizer_fingerprint
 from trueup.trainers.settings import TrainSettings
 
 Task = Literal["sft", "preference"]
@@ -33,6 +34,8 @@ class Inputs:
     """The groups whose prompts are answered at every evaluation."""
     stop_tokens: list[int]
     """Where an answer ends."""
+    fingerprints: dict[str, str]
+    """What was read, by name: see ``fingerprint``."""
 
 
 def load_inputs(
@@ -105,6 +108,9 @@ def load_inputs(
         say(f"held-out data: {report.summary()}")
         return groups
 
+    def fingerprints(held_out: Sequence[CompletionGroup]) -> dict[str, str]:
+        return {"tokenizer": tokenizer_fingerprint(tokenizer), "held-out data": groups_fingerprint(held_out)}
+
     def together(groups: Iterable[CompletionGroup]) -> list[CompletionGroup]:
         groups = list(groups)
         return merge_prompts(groups, settings.tokens_per_batch) if share_prompts else groups
@@ -127,6 +133,8 @@ def load_inputs(
             held_out=together(map(trained_as, held_out)),
             sampled=held_out[: settings.num_samples],
             stop_tokens=stop_tokens,
+            fingerprints=fingerprints(held_out)
+            | {"training data": stream_fingerprint(source, islice(stream(), settings.batch_size))},
         )
 
     if is_tokenized(source):
@@ -149,6 +157,7 @@ def load_inputs(
         held_out=together(map(trained_as, held_out)),
         sampled=sampled,
         stop_tokens=stop_tokens,
+        fingerprints=fingerprints(held_out) | {"training data": groups_fingerprint(groups)},
     )
 
 

@@ -36,7 +36,7 @@ from trueup.trainers.fit import fit
 from trueup.trainers.inputs import is_tokenized, load_inputs
 from trueup.trainers.ranked import check_ranked, ordered_pairs, outcomes, ranked_mask, ranked_rows
 from trueup.trainers.samples import write_samples
-from trueup.trainers.session import RunResult, open_session
+from trueup.trainers.session import RunResult, guarded, open_session
 from trueup.trainers.settings import REFERENCE_FREE, PreferenceSettings, SFTSettings, TrainSettings
 from trueup.trainers.sft import train_sft
 from trueup.trainers.tally import Totals
@@ -89,6 +89,7 @@ LOSSES: dict[str, Loss] = {
 }
 
 
+@guarded
 def train_preference(
     settings: PreferenceSettings, *, model: Any = None, tokenizer: Any = None, data: Any = None, eval_data: Any = None
 ) -> RunResult:

@@ -23,12 +23,13 @@ from trueup.records import CompletionGroup
 from trueup.trainers.fit import fit
 from trueup.trainers.inputs import load_inputs
 from trueup.trainers.ranked import check_ranked, ordered_pairs, outcomes, ranked_mask, ranked_rows
-from trueup.trainers.session import RunResult, open_session
+from trueup.trainers.session import RunResult, guarded, open_session
 from trueup.trainers.settings import RewardSettings
 from trueup.trainers.tally import Totals
 from trueup.trainers.trained_model import load_trained, save_trained
 
 
+@guarded
 def train_reward(
     settings: RewardSettings, *, model: Any = None, tokenizer: Any = None, data: Any = None, eval_data: Any = None
 ) -> RunResult:

@@ -1,21 +1,26 @@
-"""What surrounds a loop: seeds, run folder, progress, checkpoints, interrupts."""
+"""What surrounds a loop: seeds, run folder, progress, checkpoints, interrupts, trackers."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from trueup.errors import CheckpointError, NonFiniteError
 from trueup.records import CompletionGroup
-from trueup.runs.checkpoint import checkpoint_step, latest_checkpoint, load_state, save_checkpoint
+from trueup.runs.checkpoint import checkpoint_step, latest_checkpoint, load_latest, save_checkpoint
 from trueup.runs.folder import RunFolder, read_metrics
-from trueup.runs.interrupt import Interrupt, interrupts
+from trueup.runs.interrupt import Interrupt, Stopped, interrupts
+from trueup.runs.lock import release
 from trueup.runs.progress import RunProgress
 from trueup.runs.seeds import restore_rng_state, rng_state, seed_everything
+from trueup.runs.trackers import open_trackers, require_trackers
+from trueup.trainers.fingerprint import check_unchanged
+from trueup.trainers.memory import memory_errors
 from trueup.trainers.settings import MAY_CHANGE, TrainSettings
 from trueup.trainers.stepping import Stepper
 
@@ -47,25 +52,41 @@ class Session:
     settings: TrainSettings
     folder: RunFolder
     interrupt: Interrupt
+    track: Callable[[Mapping[str, Any], int], None] = lambda metrics, step: None
+    """Sends a record to the trackers; set while the run is under way."""
+    fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What the run was started with, see ``fingerprint``; part of every checkpoint."""
 
     def say(self, text: str) -> None:
         """One line for the user, unless the run is quiet."""
         if not self.settings.quiet:
             print(text, flush=True)
 
-    def restore(self, stepper: Stepper) -> tuple[int, Counters]:
-        """The step to go on from, with parameters, optimiser and random states set to what they were then."""
-        checkpoint = latest_checkpoint(self.folder) if self.settings.resume != "no" else None
-        if checkpoint is None:
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """One record, to ``metrics.jsonl`` and the trackers."""
+        self.folder.log(metrics, step)
+        self.track(metrics, step)
+
+    def restore(self, stepper: Stepper, fingerprints: Mapping[str, str]) -> tuple[int, Counters]:
+        """The step to go on from, with parameters, optimiser and random states set to what they were then.
+
+        No record is cut back before everything was found to fit. Raises ``CheckpointError`` where data,
+        tokenizer or starting weights are not those of the ``fingerprints`` that the run began with.
+        """
+        self.fingerprints = fingerprints
+        found = load_latest(self.folder) if self.settings.resume != "no" else None
+        if found is None:
             self.folder.truncate_after(-1)
             return 0, Counters()
-        state, step = load_state(checkpoint), checkpoint_step(checkpoint)
+        checkpoint, state = found
+        step = checkpoint_step(checkpoint)
         if state["kind"] != self.kind:
             raise CheckpointError(
                 f"this is a run of '{state['kind']}', not of '{self.kind}'",
                 where=str(self.folder.path),
                 way_out="name another folder with --output",
             )
+        check_unchanged(state.get("fingerprints", {}), fingerprints, str(self.folder.path))
         try:
             stepper.load_state_dict(state["stepper"])
         except (KeyError, ValueError, RuntimeError) as error:
@@ -81,12 +102,24 @@ class Session:
 
     @contextmanager
     def running(self, done: int, num_steps: int) -> Iterator[RunProgress]:
-        """Progress on the screen, and interrupts held back until a step is over."""
-        with interrupts() as self.interrupt, self._progress(done, num_steps) as progress:
+        """Progress on the screen, trackers, and interrupts held back until a step is over."""
+        settings = self.settings
+        progress = RunProgress(num_steps, title=self.kind, done=done, quiet=settings.quiet)
+        trackers = open_trackers(
+            settings.tracker,
+            self.folder,
+            project=settings.tracker_project,
+            settings={"kind": self.kind} | {name: plain(value) for name, value in vars(settings).items()},
+            step=done,
+        )
+        with interrupts() as self.interrupt, trackers as self.track, progress:
             yield progress
 
-    def _progress(self, done: int, num_steps: int) -> RunProgress:
-        return RunProgress(num_steps, title=self.kind, done=done, quiet=self.settings.quiet)
+    def stopped(self, step: int) -> Stopped:
+        """What to raise after an interrupt, once ``step`` is saved."""
+        return self.interrupt.stop(
+            f"interrupted after step {step}, which is saved\n  → --resume auto goes on in {self.folder.path}"
+        )
 
     def save(self, step: int, stepper: Stepper, counters: Counters, save_model: Callable[[Path], None]) -> None:
         """Write a checkpoint: the model for others, the state for going on."""
@@ -94,9 +127,16 @@ class Session:
             raise NonFiniteError(
                 f"after step {step} the parameters are not finite numbers any more, so they are not saved",
                 where=str(self.folder.path),
-                way_out="lower --learning-rate, and go on from the last checkpoint with --resume auto",
+                way_out=f"start a new run with a lower --learning-rate{self._last_whole()}",
             )
-        state = {"kind": self.kind, "stepper": stepper.state_dict(), "rng": rng_state(), "counters": vars(counters)}
+        self.folder.sync()
+        state = {
+            "kind": self.kind,
+            "fingerprints": dict(self.fingerprints),
+            "stepper": stepper.state_dict(),
+            "rng": rng_state(),
+            "counters": vars(counters),
+        }
         save_checkpoint(self.folder, step, save_model=save_model, state=state, keep_last=self.settings.keep_checkpoints)
 
     def skipped(self, groups: Sequence[CompletionGroup], step: int, counters: Counters) -> None:
@@ -104,18 +144,26 @@ class Session:
 
         Raises ``NonFiniteError`` once there were too many.
         """
-        bad_batches = self.folder.path / "bad_batches.jsonl"
-        with bad_batches.open("a", encoding="utf-8") as file:
-            for group in groups:
-                completions = [completion.tokens.tolist() for completion in group.completions]
-                row = {"step": step, "where": group.where, "prompt": group.prompt.tolist(), "completions": completions}
-                file.write(json.dumps(row) + "\n")
+        rows = [
+            {
+                "where": group.where,
+                "prompt": group.prompt.tolist(),
+                "completions": [completion.tokens.tolist() for completion in group.completions],
+            }
+            for group in groups
+        ]
+        self.folder.log_bad_batch(rows, step)
         if counters.skipped_steps >= self.settings.max_skipped_steps:
             raise NonFiniteError(
                 f"{counters.skipped_steps} steps had a loss or gradient that is not finite; their batches are kept",
-                where=str(bad_batches),
-                way_out="lower --learning-rate, use --dtype float32, or look at these rows of the data",
+                where=str(self.folder.bad_batches),
+                way_out="look at these rows; start a new run with a lower --learning-rate or --dtype float32"
+                f"{self._last_whole()}; or go on with --resume auto and a larger --max-skipped-steps",
             )
+
+    def _last_whole(self) -> str:
+        last = latest_checkpoint(self.folder)
+        return f", from --model {last / 'model'} if you like" if last else ""
 
     def result(self, metrics: Mapping[str, Any]) -> RunResult:
         """The finished run. A run that had nothing left to do says what its last lines say."""
@@ -126,12 +174,34 @@ class Session:
         return RunResult(folder=self.folder.path, model_folder=checkpoint / "model", metrics=dict(metrics))
 
 
+Given = TypeVar("Given", bound=TrainSettings)
+Objects = ParamSpec("Objects")
+
+
+def guarded(
+    train: Callable[Concatenate[Given, Objects], RunResult],
+) -> Callable[Concatenate[Given, Objects], RunResult]:
+    """Decorates a loop: memory that runs out is explained, and when it ends, however it ends, other processes may write
+    into its run folder."""
+
+    @functools.wraps(train)
+    def trained(settings: Given, *arguments: Objects.args, **objects: Objects.kwargs) -> RunResult:
+        try:
+            with memory_errors(settings):
+                return train(settings, *arguments, **objects)
+        finally:
+            release(Path(settings.output))
+
+    return trained
+
+
 def open_session(kind: str, settings: TrainSettings) -> Session:
     """Seed everything and open the run folder.
 
-    Raises ``SettingsError`` for a folder in use, ``CheckpointError`` for one of other settings, or without checkpoint
-    under ``--resume yes``.
+    Raises ``MissingExtraError`` for a tracker that is not installed, ``SettingsError`` for a folder in use,
+    ``CheckpointError`` for one of other settings, or without checkpoint under ``--resume yes``.
     """
+    require_trackers(settings.tracker)
     if settings.resume == "yes" and latest_checkpoint(Path(settings.output)) is None:
         raise CheckpointError(
             "there is no checkpoint to resume", where=settings.output, way_out="--resume auto starts anew then"
@@ -139,3 +209,8 @@ def open_session(kind: str, settings: TrainSettings) -> Session:
     folder = RunFolder.create(settings.output, settings, resume=settings.resume != "no", may_change=MAY_CHANGE)
     seed_everything(settings.seed)
     return Session(kind=kind, settings=settings, folder=folder, interrupt=Interrupt())
+
+
+def plain(value: Any) -> Any:
+    """A setting as trackers can store it: lists in place of tuples."""
+    return list(value) if isinstance(value, tuple) else value

@@ -114,6 +114,10 @@ class TrainSettings:
     """Most tokens in such a completion."""
     resume: Literal["no", "auto", "yes"] = "no"
     """Go on from the newest checkpoint in --output: auto if there is one, yes insists on it."""
+    tracker: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Send the metrics to these trackers too; each needs its package, trueup[NAME]. One that fails is switched off."""
+    tracker_project: str = "trueup"
+    """Project (MLflow: experiment) that a tracker files the run under."""
     quiet: bool = False
     """Show no progress."""
 
@@ -137,10 +141,14 @@ class TrainSettings:
         if self.eval_data and self.holdout:
             raise SettingsError("--eval-data is given already", where="--holdout", way_out="leave one of the two out")
         check_used(self, self.lora_rank > 0, "--lora-rank", "lora_alpha", "lora_dropout")
+        check_used(self, bool(self.tracker), "--tracker", "tracker_project")
         check_used(self, not self.streaming, "an end of the data: a stream goes by --max-steps", "num_epochs")
 
 
-MAY_CHANGE = ("resume", "quiet", "output", "keep_checkpoints", "save_every", "tokens_per_batch")
+MAY_CHANGE = (
+    *("resume", "quiet", "output", "keep_checkpoints", "save_every", "max_skipped_steps"),
+    *("tokens_per_batch", "gradient_checkpointing", "tracker", "tracker_project"),
+)
 """What a resumed run may set otherwise than the run that it goes on with: nothing that changes what is computed."""
 
 

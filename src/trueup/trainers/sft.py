@@ -23,12 +23,13 @@ from trueup.records import CompletionGroup
 from trueup.trainers.fit import fit
 from trueup.trainers.inputs import load_inputs
 from trueup.trainers.samples import write_samples
-from trueup.trainers.session import RunResult, open_session
+from trueup.trainers.session import RunResult, guarded, open_session
 from trueup.trainers.settings import SFTSettings
 from trueup.trainers.tally import Totals
 from trueup.trainers.trained_model import load_trained, save_trained
 
 
+@guarded
 def train_sft(
     settings: SFTSettings, *, model: Any = None, tokenizer: Any = None, data: Any = None, eval_data: Any = None
 ) -> RunResult:
