@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"trueup: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"trueup: {error or 'interrupted'}", file=sys.stderr)
+        print(f"trueup: {str(error) or 'interrupted'}", file=sys.stderr)
         return getattr(error, "exit_code", 130)
     except BrokenPipeError:
         # The reader (`| head`) has seen enough. What Python still flushes at its end must not meet the closed pipe.
