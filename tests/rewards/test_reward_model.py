@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trueup.data.chat import TokenizeSettings
 from trueup.data.formats import ReadReport
-from trueup.errors import DataError, ModelError
+from trueup.errors import DataError, ModelError, OutOfMemoryError
 from trueup.models.heads import load_reward_model
 from trueup.models.load import LoadedModel, load_model
 from trueup.rewards.reward_model import RewardModel, as_example
@@ -77,6 +77,19 @@ def test_the_context_is_the_limit(reward_models):
     assert model.settings.max_length == 96
     with pytest.raises(DataError, match="completion 1: can't be scored: prompt longer than 95 tokens"):
         model.score("1" * 96, ["2"])
+
+
+@pytest.mark.parametrize(("num_prompts", "lower"), [(2, "--tokens-per-batch 10"), (1, "--max-length 5")])
+def test_out_of_memory_says_what_to_lower(reward_models, num_prompts, lower, monkeypatch):
+    def full(self, batch):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    model = RewardModel.load(reward_models[0])
+    monkeypatch.setattr(type(model.scorer), "forward", full)
+    groups = [model.tokenized(as_example(f"{number}+2=", "12345"), ReadReport()) for number in range(num_prompts)]
+    with pytest.raises(OutOfMemoryError, match=f"{10 * num_prompts} tokens in one pass") as caught:
+        model.score_groups([group for group in groups if group is not None])
+    assert str(caught.value).endswith(lower)
 
 
 def test_a_language_model_is_no_reward_model(reward_models):

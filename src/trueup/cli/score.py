@@ -111,16 +111,19 @@ def score(settings: ScoreSettings) -> None:
         models = [
             normalized_on(model, read_groups(model, settings.normalize_on)[0], scale=settings.scale) for model in models
         ]
-    scored = score_data(
-        models,
-        settings.data,
-        settings.output,
-        data_format=settings.data_format,
-        limit=settings.limit,
-        aggregate=lambda scores: AGGREGATES[settings.aggregate](scores, settings.spread_coef),
-        resume=settings.resume,
-        quiet=settings.quiet,
-    )
+    try:
+        scored = score_data(
+            models,
+            settings.data,
+            settings.output,
+            data_format=settings.data_format,
+            limit=settings.limit,
+            aggregate=lambda scores: AGGREGATES[settings.aggregate](scores, settings.spread_coef),
+            resume=settings.resume,
+            quiet=settings.quiet,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; --resume auto goes on with {settings.output}") from None
     for line in summary_lines(scored):
         print(line)
 

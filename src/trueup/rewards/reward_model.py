@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trueup.data.chat import TokenizeSettings, tokenize_group
 from trueup.data.collate import merge_prompts, micro_batches
 from trueup.data.formats import ReadReport
-from trueup.errors import DataError, ModelError
+from trueup.errors import DataError, ModelError, OutOfMemoryError
 from trueup.models.adapters import is_reward_model
 from trueup.models.heads import load_reward_model
 from trueup.models.load import DtypeName, LoadedModel, context_length, model_source, stored_architecture
@@ -21,6 +21,7 @@ from trueup.models.score_scale import ScoreScale
 from trueup.models.scorer import RewardScorer, plain_model, prepare_reward_scorer
 from trueup.models.tree import tree_batch
 from trueup.records import CompletionGroup, Message, RankedCompletions, Text
+from trueup.runs.memory import is_out_of_memory
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -84,16 +85,33 @@ class RewardModel:
         return tokenize_group(self.tokenizer, example, self.settings, report)
 
     def score_groups(self, groups: Sequence[CompletionGroup]) -> list[np.ndarray]:
-        """The scores of every group's completions: one float64 [K] per group, in its order."""
+        """The scores of every group's completions: one float64 [K] per group, in its order.
+
+        Raises ``OutOfMemoryError``, which says what to lower.
+        """
         scores: list[np.ndarray] = [np.empty(0)] * len(groups)
-        device = next(self.scorer.parameters()).device
-        with torch.no_grad():
-            for micro in micro_batches(groups, self.tokens_per_batch):
-                raw = self.scorer(tree_batch([groups[index] for index in micro], device)).double().cpu().numpy()
-                ends = np.cumsum([len(groups[index].completions) for index in micro])
-                for index, part in zip(micro, np.split(raw, ends[:-1]), strict=True):
-                    scores[index] = self.scale(part)
+        for micro in micro_batches(groups, self.tokens_per_batch):
+            raw = self._raw_scores([groups[index] for index in micro])
+            ends = np.cumsum([len(groups[index].completions) for index in micro])
+            for index, part in zip(micro, np.split(raw, ends[:-1]), strict=True):
+                scores[index] = self.scale(part)
         return scores
+
+    @torch.no_grad()
+    def _raw_scores(self, groups: Sequence[CompletionGroup]) -> np.ndarray:
+        """One forward pass: float64 [C]."""
+        try:
+            return self.scorer(tree_batch(groups, next(self.scorer.parameters()).device)).double().cpu().numpy()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            num_tokens = sum(group.num_tokens for group in groups)
+            lower = "--tokens-per-batch" if len(groups) > 1 else "--max-length"
+            raise OutOfMemoryError(
+                f"out of memory, with {num_tokens:,} tokens in one pass",
+                where=self.name,
+                way_out=f"{lower} {max(1, num_tokens // 2)}",
+            ) from error
 
 
 def check_trained(name: str | Path | LoadedModel) -> None:

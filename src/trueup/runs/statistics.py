@@ -199,7 +199,7 @@ def reliability(
 
     ``probabilities``, ``outcomes`` (0, 1, or ½ for a tie), ``lists``: [N]. Of pairs, fold them first: see
     ``confidences``. Raises ``ValueError`` as ``accuracy_interval`` does, and for fewer than one bin.
-    Source: Naeini et al. 2015 (AAAI), Guo et al. 2017 (arXiv 1706.04599), equation 3, both with bins of equal width.
+    Source: Naeini et al. 2015 (AAAI); Guo et al. 2017 (arXiv 1706.04599), equation 3, there with bins of equal width.
     """
     outcomes = _checked(outcomes)
     predicted = _checked(_same_shape("probabilities", probabilities, outcomes), "probabilities")
