@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,13 @@ from jaxtyping import install_import_hook
 install_import_hook("trueup.objectives", "beartype.beartype")
 
 import torch  # noqa: E402  (the hook has to come before anything that imports the objectives)
+from hypothesis import settings  # noqa: E402
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
+# A busy machine makes an example slow, not wrong.
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,3 +31,11 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}: set TRUEUP_SHARED_DATA to the folder that holds it")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the tests keep (reference log-probs) is not left in the user's cache, nor found there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRUEUP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 DPO: dict[str, Any] = {
     "output": "runs/dpo",
-    "loss": "dpo",
+    "loss": ("dpo",),
     "beta": 0.1,
     "batch_size": 64,
     "optimizer": "rmsprop",
@@ -37,16 +37,22 @@ def sft(*, model: Any = "", data: Any = (), **settings: Any) -> RunResult:
 
 
 def reward(*, model: Any = "", data: Any = (), **settings: Any) -> RunResult:
-    """Train a reward model on preferences. Arguments as in ``sft``; all else: fields of ``RewardSettings``."""
+    """Train a reward model on preferences, or with ``process=True`` on answers that are labelled step by step.
+
+    Arguments as in ``sft``; all else: fields of ``RewardSettings``.
+    """
     from trueup.trainers.reward import train_reward
 
     return _train(train_reward, RewardSettings, model, data, settings)
 
 
 def preference(*, model: Any = "", data: Any = (), **settings: Any) -> RunResult:
-    """Fit a model to preferences. Arguments as in ``sft``; all else: fields of ``PreferenceSettings``."""
+    """Fit a model to preferences. Arguments as in ``sft``; all else: fields of ``PreferenceSettings``. A single
+    ``loss`` may be given by its name alone."""
     from trueup.trainers.preference import train_preference
 
+    if isinstance(settings.get("loss"), str):
+        settings["loss"] = (settings["loss"],)
     return _train(train_preference, PreferenceSettings, model, data, settings)
 
 

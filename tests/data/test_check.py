@@ -177,7 +177,7 @@ def test_the_command(shared_data: Path, write_jsonl: Callable[..., Path], capsys
         assert "format   messages (detected)" in printed
         assert "⟦a b<|im_end|>⟧" in printed
     assert main(["data", "check", str(path), "--task", "preference"]) == 2
-    assert "no known format" in capsys.readouterr().err
+    assert "rows of the format 'messages', not preference data" in capsys.readouterr().err
     assert main(["data", "check", str(path.parent / "none.jsonl")]) == 2
     assert "no such file" in capsys.readouterr().err
 

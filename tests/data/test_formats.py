@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,57 @@ PREFERENCE_ROWS: dict[str, tuple[dict[str, Any], RankedCompletions]] = {
         {"prompt": list(ASKED), "completions": [[assistant("4")], [assistant("5")], [assistant("6")]]},
         RankedCompletions(prompt=ASKED, completions=((assistant("4"),), (assistant("5"),), (assistant("6"),))),
     ),
+    "unpaired": (
+        {"prompt": "2+2=", "completion": "4", "label": True},
+        RankedCompletions(prompt="2+2=", completions=("4",), desirable=(True,)),
+    ),
+    "unpaired, conversation and number": (
+        {"question": list(ASKED), "answer": "4", "label": 1},
+        RankedCompletions(prompt=ASKED, completions=((assistant("4"),),), desirable=(True,)),
+    ),
+}
+
+STEPS: dict[str, Any] = {
+    "prompt": "2+2+3=",
+    "completions": ("2+2=4\n4+3=8",),
+    "steps": (("2+2=4", "4+3=8"),),
+    "step_labels": ((1.0, 0.0),),
+}
+PROCESS_ROWS: dict[str, tuple[dict[str, Any], RankedCompletions]] = {
+    "stepwise": (
+        {"prompt": "2+2+3=", "steps": ["2+2=4", "4+3=8"], "labels": [True, False]},
+        RankedCompletions(**STEPS),
+    ),
+    "stepwise, as TRL has it": (
+        {"prompt": "2+2+3=", "completions": ["2+2=4", "4+3=8"], "labels": [1, 0]},
+        RankedCompletions(**STEPS),
+    ),
+    "stepwise, rated": (
+        {"question": "2+2+3=", "steps": ["2+2=4", "hm", "4+3=8", "so 8"], "ratings": [1, 0, -1, None]},
+        RankedCompletions(
+            prompt="2+2+3=",
+            completions=("2+2=4\nhm\n4+3=8\nso 8",),
+            steps=(("2+2=4", "hm", "4+3=8", "so 8"),),
+            step_labels=((1.0, 1.0, 0.0, None),),
+        ),
+    ),
+    "stepwise, soft labels of a conversation": (
+        {"prompt": list(ASKED), "steps": ["4"], "labels": [0.875]},
+        RankedCompletions(prompt=ASKED, completions=((assistant("4"),),), steps=(("4",),), step_labels=((0.875,),)),
+    ),
+    "math_shepherd": (
+        {
+            "input": "What is 2+2+3? Step 1: 2+2=4 ки\nStep 2: 4+3=8 ки",
+            "label": "What is 2+2+3? Step 1: 2+2=4 +\nStep 2: 4+3=8 -",
+            "task": "GSM8K",
+        },
+        RankedCompletions(
+            prompt="What is 2+2+3?\n",
+            completions=("Step 1: 2+2=4\nStep 2: 4+3=8",),
+            steps=(("Step 1: 2+2=4", "Step 2: 4+3=8"),),
+            step_labels=((1.0, 0.0),),
+        ),
+    ),
 }
 
 
@@ -112,6 +165,7 @@ PREFERENCE_ROWS: dict[str, tuple[dict[str, Any], RankedCompletions]] = {
     [
         *((name, row, wanted, "sft") for name, (row, wanted) in SFT_ROWS.items()),
         *((name, row, wanted, "preference") for name, (row, wanted) in PREFERENCE_ROWS.items()),
+        *((name, row, wanted, "process") for name, (row, wanted) in PROCESS_ROWS.items()),
     ],
 )
 def test_every_format_is_detected_and_read(
@@ -121,6 +175,8 @@ def test_every_format_is_detected_and_read(
     assert report.format == name.partition(",")[0]
     assert report.detected
     assert (example.prompt, example.completions) == (wanted.prompt, wanted.completions)
+    assert (example.steps, example.step_labels) == (wanted.steps, wanted.step_labels)
+    assert example.desirable == wanted.desirable
     assert example.where == "row 1"
     assert (report.num_rows, report.num_kept, report.dropped) == (1, 1, {})
     told, told_report = read_one(row, task, data_format=report.format)
@@ -129,7 +185,7 @@ def test_every_format_is_detected_and_read(
 
 
 def test_every_format_is_tried_above() -> None:
-    assert {name.partition(",")[0] for name in (*SFT_ROWS, *PREFERENCE_ROWS)} == set(FORMATS)
+    assert {name.partition(",")[0] for name in (*SFT_ROWS, *PREFERENCE_ROWS, *PROCESS_ROWS)} == set(FORMATS)
 
 
 @pytest.mark.parametrize("name", PREFERENCE_ROWS)
@@ -137,7 +193,22 @@ def test_preferences_serve_as_demonstrations_of_their_best_side(name: str) -> No
     row, wanted = PREFERENCE_ROWS[name]
     example, report = read_one(row, "sft")
     assert (example.prompt, example.completions) == (wanted.prompt, wanted.completions[:1])
-    assert "the chosen side as demonstration" in report.summary()
+    assert re.search("the (chosen|desirable) side as demonstration", report.summary())
+    assert example.desirable is None
+
+
+def test_labels_of_unpaired_rows() -> None:
+    row = {"prompt": "2+2=", "completion": "5"}
+    for label, good in ((False, False), (0, False), ("false", False), ("True", True), (np.bool_(True), True)):
+        example, _ = read_one({**row, "label": label}, "preference")
+        assert example.desirable == (good,)
+    examples, report = read({**row, "label": False}, {**row, "completion": "4", "label": True}, task="sft")
+    assert [example.completions for example in examples] == [("4",)]
+    assert report.dropped == {"undesirable completion": 1}
+    # Any other column of that name is none of ours.
+    assert read_one({**row, "label": "sums"}, "sft")[1].format == "prompt_completion"
+    with pytest.raises(DataError, match=r"row 1(.|\n)*'label' must be true or false, found 'sums'"):
+        read({**row, "label": "sums"}, data_format="unpaired")
 
 
 def test_an_override_beats_detection() -> None:
@@ -355,6 +426,74 @@ def test_arrays_and_json_in_csv_cells(tmp_path: Path) -> None:
     assert found.prompt == ASKED
 
 
+# -------------------------------------------------------------------------------------------------------------- steps
+
+
+@pytest.mark.parametrize("row", [row for name, (row, _) in PROCESS_ROWS.items() if name != "math_shepherd"])
+def test_steps_are_neither_demonstrations_nor_a_ranking(row: dict[str, Any]) -> None:
+    """Read as a ranked list, the first step would be better than the second; as a demonstration, wrong steps taught."""
+    for task in ("sft", "preference"):
+        with pytest.raises(DataError, match=r"rows of the format 'stepwise', not \w+ data\n.*trueup reward --process"):
+            read(row, task=task)
+        with pytest.raises(DataError, match="'stepwise' is no format of"):
+            read(row, task=task, data_format="stepwise")
+    (example,), report = read(row, task=None)
+    assert report.format == "stepwise"
+    assert example.steps
+
+
+def test_preferences_are_no_steps() -> None:
+    with pytest.raises(DataError, match=r"of the format 'ranked', not process data\n.*trueup reward or"):
+        read({"prompt": "2+2=", "completions": ["4", "5"]}, task="process")
+    with pytest.raises(DataError, match="'ranked' is no format of process data"):
+        read({"prompt": "2+2=", "completions": ["4", "5"]}, task="process", data_format="ranked")
+
+
+def test_steps_in_csv_cells_and_arrays(tmp_path: Path) -> None:
+    path = tmp_path / "steps.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["prompt", "steps", "labels"], ["p", '["a", "b"]', "[true, 0.5]"]])
+    (example,) = read_examples(path, task="process", report=ReadReport())
+    assert (example.steps, example.step_labels) == ((("a", "b"),), ((1.0, 0.5),))
+    (example,), _ = read({"prompt": "p", "steps": np.array(["a"]), "labels": np.array([False])}, task="process")
+    assert example.step_labels == ((0.0,),)
+
+
+def test_rows_without_a_labelled_step_are_dropped() -> None:
+    rows = [{"prompt": "p", "steps": [], "labels": []}, {"prompt": "p", "steps": ["a", "b"], "labels": [None, None]}]
+    examples, report = read(*rows, task="process")
+    assert examples == []
+    assert report.dropped == {"no steps": 1, "no step is labelled": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "p", "steps": ["a", "b"], "labels": [1]}, "2 steps but 1 labels"),
+        ({"prompt": "p", "steps": ["a"], "labels": [1, 0]}, "1 steps but 2 labels"),
+        ({"prompt": "p", "steps": ["a", " \n"], "labels": [1, 0]}, "step 2 is empty"),
+        ({"prompt": "p", "steps": ["a"]}, "the column 'labels' or 'ratings' is missing"),
+        ({"prompt": "p", "steps": "a b", "labels": [1]}, "'steps' must be a list"),
+        ({"prompt": "p", "steps": ["a"], "labels": 1}, "'labels' must be a list"),
+        ({"prompt": "p", "steps": ["a", 7], "labels": [1, 0]}, r"'steps\[1\]' must be a string, found int"),
+        ({"prompt": "p", "steps": ["a"], "labels": ["right"]}, r"'labels\[0\]' must be a number, found 'right'"),
+        ({"prompt": "p", "steps": ["a"], "labels": [math.nan]}, "finite number"),
+        ({"prompt": "p", "steps": ["a", "b"], "labels": [1, -1]}, r"between 0 and 1, found -1\n.*'ratings'"),
+        ({"prompt": "p", "steps": ["a"], "ratings": [0.5]}, r"'ratings\[0\]' must be 1, 0 \(neutral\) or -1"),
+        ({"prompt": "p", "completions": [["a"]], "labels": [1]}, r"'completions\[0\]' must be a string, found list"),
+        ({"input": "q Step 1: a ки", "label": "q Step 1: b +"}, "'label' is not 'input' with"),
+        ({"input": "q Step 1: a ки", "label": "q Step 1: a *"}, "'label' is not 'input' with"),
+        ({"input": "q a ки", "label": "q a +"}, "has no 'Step 1:'"),
+        ({"input": "q Step 1: aки ки", "label": "q Step 1: a+ +"}, "step 2 is empty"),
+    ],
+)
+def test_malformed_steps_say_what_and_where(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as error:
+        read(row, task="process")
+    assert error.value.where == "row 1"
+    assert error.value.way_out
+
+
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -405,7 +544,7 @@ def test_a_message_nested_too_deeply() -> None:
 def test_detection_fails_with_the_formats_it_knows() -> None:
     with pytest.raises(DataError, match=r"row 1: no known format(.|\n)*'title', 'body'(.|\n)*explicit +prompt, chosen"):
         read({"title": "a", "body": "b"})
-    with pytest.raises(DataError, match="no known format"):
+    with pytest.raises(DataError, match=r"rows of the format 'messages', not preference data\n.*trueup sft"):
         read({"messages": [user("a"), assistant("b")]}, task="preference")
     with pytest.raises(DataError, match="row 2: looks like the format 'text', but row 1 like 'alpaca'"):
         read({"instruction": "a", "output": "b"}, {"text": "c"}, task="sft")

@@ -104,6 +104,30 @@ def test_a_resumed_run_counts_its_own_speed_only(time):
         assert progress.line.startswith("step 92/100")
 
 
+def test_an_evaluation_has_its_own_line_and_no_part_in_the_time_left(time):
+    plain = console(terminal=False)
+    with RunProgress(10, title="sft", console=plain, seconds_between_lines=10) as progress:
+        for _ in progress.aside(range(4), "evaluation"):
+            time.now += 100
+        assert progress.tokens_per_second == 0
+        for _ in range(2):
+            time.now += 3
+            progress.step(num_tokens=30)
+        assert progress.seconds_left == pytest.approx(8 * 3)
+        assert progress.tokens_per_second == pytest.approx(10)
+    lines = output(plain).splitlines()
+    assert lines[0] == "evaluation 1/4 · 1:40 elapsed · 5:00 left"
+    assert lines[3] == "evaluation 4/4 · 6:40 elapsed · 0:00 left"
+
+
+def test_an_evaluation_on_a_terminal():
+    shown = console(terminal=True)
+    with RunProgress(1, title="dpo", console=shown) as progress:
+        assert list(progress.aside("abc", "evaluation")) == ["a", "b", "c"]
+        progress.step()
+    assert "evaluation" in output(shown)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (75, "1:15"), (3675, "1:01:15"), (90_000, "25:00:00")],

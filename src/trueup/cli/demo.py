@@ -166,7 +166,7 @@ def demo(settings: DemoSettings) -> None:
         PreferenceSettings(
             **on_pairs,
             output=str(folder / "rpo"),
-            loss="rpo",
+            loss=("rpo",),
             max_steps=settings.dpo_steps,
             batch_size=128,
             learning_rate=3e-4,

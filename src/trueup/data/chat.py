@@ -12,8 +12,8 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,6 +68,8 @@ class TokenizeSettings:
     special_tokens_in_text: Literal["plain", "token"] = "plain"
     """What '<|im_end|>' and the like are inside data: plain text, or the token itself. Choose 'token' only for data you
     trust, where a template was applied beforehand: such text can end a turn and open another."""
+    step_separator: str = "\n"
+    """What stands between the steps of an answer that is labelled step by step."""
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -86,7 +88,7 @@ class TokenizeSettings:
 # ------------------------------------------------------------------------------------------------- text → tokens
 
 # Unicode noncharacters: no text means anything by them, and those in the data are marked like control tokens.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_OPEN, _CLOSE, _BOUND = "\ufdd0", "\ufdd1", "\ufdd2"
 _MARKED = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 
 
@@ -101,7 +103,7 @@ class _Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, control: Sequence[str], *, mark_control: bool) -> None:
         self._tokenizer = tokenizer
         self.control = tuple(sorted(control, key=lambda text: (-len(text), text)))
-        self._literals = (*(self.control if mark_control else ()), _OPEN, _CLOSE)
+        self._literals = (*(self.control if mark_control else ()), _OPEN, _CLOSE, _BOUND)
         self._index = {text: index for index, text in enumerate(self._literals)}
         self._find = re.compile("|".join(map(re.escape, self._literals)))
         # What the vocabulary can't write becomes the unknown token, whoever writes it: it controls nothing.
@@ -132,24 +134,62 @@ class _Encoder:
         inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
         return any(map(self.finds, inner))
 
+    def mark_bounds(self, text: str, bounds: Sequence[int]) -> str:
+        """``mark(text)`` with a further mark at every bound, a number of characters; ``encode_bounds`` finds them.
+
+        Raises ``StepsNotFound`` where control-token text stands across a bound: marked in parts it would be a token.
+        """
+        if any(found.start() < bound < found.end() for found in self._find.finditer(text) for bound in bounds):
+            raise StepsNotFound("text of special tokens runs over the end of a step")
+        parts = itertools.pairwise((0, *bounds, len(text)))
+        return _BOUND.join(self.mark(text[start:end]) for start, end in parts)
+
     def encode(self, marked: str, *, continues: bool) -> list[int]:
         """Tokens of a marked text, which stands at the beginning or ``continues`` another."""
+        return self.encode_bounds(marked, continues=continues)[0]
+
+    def encode_bounds(self, marked: str, *, continues: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """The tokens, the same as without bounds, and for every bound how many of them begin before it, and how many
+        have ended by then. The two differ where a token stands across the bound."""
         tokens: list[int] = []
+        bounds: list[tuple[int, int]] = []
         for index, piece in enumerate(_MARKED.split(marked)):
             if index % 2:
                 tokens += self._as_plain(int(piece))
-            elif _OPEN in piece or _CLOSE in piece:
+                continue
+            if _OPEN in piece or _CLOSE in piece:
                 raise ModelError("the chat template cuts into a message's text", way_out="set another chat_template")
-            elif piece:
-                tokens += self._continued(piece) if continues or tokens else self._ids(piece)
-        return tokens
+            *parts, _ = piece.split(_BOUND)
+            found, spans = self._located(
+                piece.replace(_BOUND, ""), continues=continues or bool(tokens), with_spans=bool(parts)
+            )
+            for bound in itertools.accumulate(map(len, parts)):
+                begun, ended = sum(start < bound for start, _ in spans), sum(end <= bound for _, end in spans)
+                bounds.append((len(tokens) + begun, len(tokens) + ended))
+            tokens += found
+        return tokens, bounds
 
-    def _continued(self, text: str) -> list[int]:
-        if self._needs_break:
-            tokens = self._ids("\n" + text)
-            if tokens[: len(self._break)] == self._break:
-                return tokens[len(self._break) :]
-        return self._ids(text)
+    def _located(self, text: str, *, continues: bool, with_spans: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens of unmarked text, and if asked for which of its characters each was made of."""
+        if not text:
+            return [], []
+        if with_spans and not self._tokenizer.is_fast:
+            raise ModelError(
+                "the tokenizer does not say which characters a token is made of, so steps can't be found in its tokens",
+                way_out="take a model with a tokenizer.json",
+            )
+        before = "\n" if continues and self._needs_break else ""
+        encoded = self._tokenizer(
+            before + text, add_special_tokens=False, verbose=False, return_offsets_mapping=with_spans
+        )
+        tokens: list[int] = list(encoded["input_ids"])  # type: ignore[arg-type]
+        spans: list[tuple[int, int]] = encoded["offset_mapping"] if with_spans else []  # type: ignore[assignment]
+        if not before:
+            return tokens, spans
+        skipped = len(self._break)
+        if tokens[:skipped] != self._break:
+            return self._located(text, continues=False, with_spans=with_spans)
+        return tokens[skipped:], [(start - 1, end - 1) for start, end in spans[skipped:]]
 
     def _as_plain(self, index: int) -> list[int]:
         if index not in self._plain:
@@ -212,7 +252,14 @@ class _PlainText:
         return self.start + self.encoder.encode(self.encoder.mark(text), continues=False)
 
     def completion(self, text: str, *, continues: bool = True) -> list[int]:
-        tokens = self.encoder.encode(self.encoder.mark(text), continues=continues)
+        return self._ended(self.encoder.encode(self.encoder.mark(text), continues=continues))
+
+    def stepwise(self, text: str, bounds: Sequence[int], *, continues: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """The tokens of ``completion``, and those around every bound (see ``_Encoder.encode_bounds``)."""
+        tokens, found = self.encoder.encode_bounds(self.encoder.mark_bounds(text, bounds), continues=continues)
+        return self._ended(tokens), found
+
+    def _ended(self, tokens: list[int]) -> list[int]:
         # Text that is trusted to hold tokens may bring its own end token.
         return tokens if tokens and tokens[-1] == self.end else [*tokens, self.end]
 
@@ -298,13 +345,13 @@ class _Chat:
     def completion_parts(
         self, prompt: Conversation, completion: Conversation, prompt_text: str
     ) -> list[tuple[str, bool]]:
-        """The marked texts behind the prompt, in order, each with whether the model wrote it.
+        """The marked texts behind the prompt, in order, each with whether the model wrote it; ``completion`` is marked.
 
         Every assistant turn is rendered as generation meets it: with the turns before it and the generation prompt.
         Raises ``ModelError`` where the template renders earlier turns differently once later ones follow: then no one
         stream of tokens is what generation would have seen.
         """
-        turns = self.encoder.mark((*prompt, *completion))
+        turns = (*self.encoder.mark(prompt), *completion)
         parts: list[tuple[str, bool]] = []
         done = ""
         for index in range(len(prompt), len(turns)):
@@ -323,6 +370,23 @@ class _Chat:
             done = after[:end]
         return parts
 
+    def stepwise(
+        self, prompt: Conversation, prompt_text: str, text: str, bounds: Sequence[int]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens of an answer of one turn, and those around every bound (see ``_Encoder.encode_bounds``).
+
+        Raises ``StepsNotFound`` where the template does not carry the text through as it is.
+        """
+        (plain, _), (bounded, _) = (
+            part
+            for marked in (self.encoder.mark(text), self.encoder.mark_bounds(text, bounds))
+            for part in self.completion_parts(prompt, _turn("assistant", marked), prompt_text)
+        )
+        tokens, found = self.encoder.encode_bounds(bounded, continues=True)
+        if bounded.replace(_BOUND, "") != plain or len(found) != len(bounds):
+            raise StepsNotFound("the chat template changes an answer in a way that hides its steps")
+        return tokens, found
+
     def _turn_end(self, text: str, start: int) -> int:
         """Where the turn that begins at ``start`` ends: behind its last end token, or its last control token."""
         for candidates in ((self.end_text,), self.encoder.control):
@@ -335,6 +399,10 @@ class _Chat:
 def _one_line(text: str) -> str:
     """The message of a template, which may quote the data: one line, nothing that a terminal would obey."""
     return "".join(character if character.isprintable() else " " for character in text[:200])
+
+
+class StepsNotFound(Exception):
+    """It can't be told which token a step ends with. The message is the reason that gets counted."""
 
 
 class TemplateRefusal(Exception):
@@ -433,12 +501,15 @@ def tokenize_group(
     try:
         if isinstance(example.prompt, str):
             form = _plain_text(tokenizer, settings)
-            prompt, completions = _plain_tokens(form, example)
+            prompt, completions = _plain_tokens(form, example, settings)
         else:
             form = _chat(tokenizer, settings)
-            prompt, completions = _chat_tokens(form, example)
+            prompt, completions = _chat_tokens(form, example, settings)
     except TemplateRefusal as refusal:
         report.drop(f"the chat template refuses the conversation ({refusal})", example.where)
+        return None
+    except StepsNotFound as reason:
+        report.drop(str(reason), example.where)
         return None
     except ModelError as error:
         raise ModelError(error.what, where=error.where or example.where, way_out=error.way_out) from error
@@ -467,11 +538,16 @@ def _prepared(example: RankedCompletions, settings: TokenizeSettings) -> RankedC
         turns = _turn("assistant", completions[0])
         last = max((at for at, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
         prompt, completions = (*prompt, *turns[:last]), (turns[last : last + 1],)
-    return RankedCompletions(prompt=prompt, completions=completions, where=example.where, margin=example.margin)
+    return replace(example, prompt=prompt, completions=completions)
 
 
-def _plain_tokens(text: _PlainText, example: RankedCompletions) -> tuple[list[int], list[Completion]]:
+def _plain_tokens(
+    text: _PlainText, example: RankedCompletions, settings: TokenizeSettings
+) -> tuple[list[int], list[Completion]]:
     prompt = text.prompt(str(example.prompt)) if example.prompt else list(text.start)
+    if example.steps is not None:
+        encode = functools.partial(text.stepwise, continues=bool(example.prompt))
+        return prompt, _stepwise_completions(example, settings, encode)
     if not prompt and len(example.completions) == 1:
         # Nothing stands before the text: its first token is what the rest is predicted from.
         first, *rest = text.completion(str(example.completions[0]), continues=False)
@@ -480,15 +556,21 @@ def _plain_tokens(text: _PlainText, example: RankedCompletions) -> tuple[list[in
     return prompt, [_completion(text.completion(str(each), continues=continues)) for each in example.completions]
 
 
-def _chat_tokens(chat: _Chat, example: RankedCompletions) -> tuple[list[int], list[Completion]]:
+def _chat_tokens(
+    chat: _Chat, example: RankedCompletions, settings: TokenizeSettings
+) -> tuple[list[int], list[Completion]]:
     assert not isinstance(example.prompt, str)
     prompt_text = chat.prompt_text(example.prompt)
     prompt = chat.encoder.encode(prompt_text, continues=False)
+    if example.steps is not None:
+        encode = functools.partial(chat.stepwise, example.prompt, prompt_text)
+        return prompt, _stepwise_completions(example, settings, encode)
     completions = []
     for turns in example.completions:
         tokens: list[int] = []
         mask: list[bool] = []
-        for text, trained in chat.completion_parts(example.prompt, _turn("assistant", turns), prompt_text):
+        marked = chat.encoder.mark(_turn("assistant", turns))
+        for text, trained in chat.completion_parts(example.prompt, marked, prompt_text):
             part = chat.encoder.encode(text, continues=True)
             tokens += part
             mask += [trained] * len(part)
@@ -502,6 +584,48 @@ def _completion(tokens: list[int], mask: list[bool] | None = None, *, cut: bool 
         mask=None if mask is None or all(mask) else np.array(mask, dtype=bool),
         stop_reason=StopReason.LENGTH if cut else StopReason.END,
     )
+
+
+def _stepwise_completions(
+    example: RankedCompletions,
+    settings: TokenizeSettings,
+    encode: Callable[[str, Sequence[int]], tuple[list[int], list[tuple[int, int]]]],
+) -> list[Completion]:
+    """Each completion as one text, tokenised whole as a model would write it, and the last token of each of its steps.
+
+    Tokenising step by step would give other tokens than generation does: ``.\n`` is one token of many tokenizers.
+    """
+    completions = []
+    for steps, labels in itertools.zip_longest(example.steps or (), example.step_labels or ()):
+        text, bounds = _joined_steps(steps, settings.step_separator)
+        tokens, found = encode(text, bounds)
+        given = None if labels is None else np.array(labels, dtype=np.float32)  # None becomes NaN
+        completions.append(replace(_completion(tokens), step_ends=_step_ends(found), step_labels=given))
+    return completions
+
+
+def _joined_steps(steps: Sequence[str], separator: str) -> tuple[str, list[int]]:
+    """The steps as one text, and where in it the first ends, the second begins, …, the last ends, without spaces."""
+    text, bounds = "", []
+    for step in steps:
+        text += separator if bounds else ""
+        start = len(text) + len(step) - len(step.lstrip())
+        text += step
+        bounds += [start, len(text.rstrip())]
+    return text, bounds[1:]
+
+
+def _step_ends(bounds: Sequence[tuple[int, int]]) -> np.ndarray:
+    """int64 [M]: the index of the last token of each step: the one that holds its last character, spaces left out.
+
+    ``bounds``: as ``_Encoder.encode_bounds`` counts at the bounds of ``_joined_steps``. Raises ``StepsNotFound`` where
+    a token belongs to two steps: a score there would know of the next one.
+    """
+    ends = np.array([begun - 1 for begun, _ in bounds[::2]], dtype=np.int64)
+    before_next = np.array([ended for _, ended in bounds[1::2]], dtype=np.int64)
+    if (ends[:-1] >= before_next).any() or (np.diff(ends, prepend=-1) < 1).any():
+        raise StepsNotFound("one token holds the end of a step and the start of the next")
+    return ends
 
 
 def _fitted(
@@ -521,6 +645,7 @@ def _fitted(
     if num_cut and settings.overlong_completion == "drop":
         report.drop(f"prompt and completion longer than {settings.max_length} tokens", example.where)
         return None
+    num_steps = sum(map(_num_steps, completions))
     completions = [_cut(completion, room) for completion in completions]
     if len({completion.tokens.tobytes() for completion in completions}) < len(completions):
         report.drop("identical sides within the length limit", example.where)
@@ -528,6 +653,11 @@ def _fitted(
     if not all(completion.completion_mask.any() for completion in completions):
         report.drop("no trained token within the length limit", example.where)
         return None
+    if any(labels is not None and np.isnan(labels).all() for labels in (each.step_labels for each in completions)):
+        report.drop("no labelled step within the length limit", example.where)
+        return None
+    if sum(map(_num_steps, completions)) < num_steps:
+        report.note("steps behind the length limit left out", example.where)
     report.num_completions_cut += num_cut
     report.num_prompts_cut += len(kept) < len(prompt)
     return CompletionGroup(
@@ -535,14 +665,27 @@ def _fitted(
         completions=tuple(completions),
         where=example.where,
         margin=example.margin,
+        desirable=example.desirable,
     )
+
+
+def _num_steps(completion: Completion) -> int:
+    return 0 if completion.step_ends is None else len(completion.step_ends)
 
 
 def _cut(completion: Completion, room: int) -> Completion:
     if len(completion.tokens) <= room:
         return completion
-    mask = None if completion.mask is None else completion.mask[:room]
-    return Completion(tokens=completion.tokens[:room], mask=mask, stop_reason=StopReason.LENGTH)
+    mask, ends, labels = completion.mask, completion.step_ends, completion.step_labels
+    whole = slice(None) if ends is None else slice(int((ends < room).sum()))
+    return replace(
+        completion,
+        tokens=completion.tokens[:room],
+        mask=None if mask is None else mask[:room],
+        stop_reason=StopReason.LENGTH,
+        step_ends=None if ends is None else ends[whole],
+        step_labels=None if labels is None else labels[whole],
+    )
 
 
 # -------------------------------------------------------------------------------------------------- whole sources

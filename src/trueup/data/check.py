@@ -13,7 +13,7 @@ import numpy as np
 from trueup.data.chat import TokenizeSettings, tokenize_group
 from trueup.data.collate import train_all_tokens
 from trueup.data.formats import FORMATS, ReadReport, Source, Task, read_examples
-from trueup.records import CompletionGroup, RankedCompletions, Text
+from trueup.records import Completion, CompletionGroup, RankedCompletions, Text
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -41,6 +41,8 @@ class ShownExample:
 
     where: str
     prompt: tuple[Part, ...]
+    titles: tuple[str, ...]
+    """What each completion is called."""
     completions: tuple[tuple[Part, ...], ...]
     cut: tuple[bool, ...]
 
@@ -53,6 +55,10 @@ class DataCheck:
     unit: str
     prompt_lengths: np.ndarray
     completion_lengths: tuple[np.ndarray, ...]
+    desirable: tuple[bool, ...]
+    """The labels of unpaired data, of all rows."""
+    step_labels: np.ndarray
+    """How right each step is, of all rows that are labelled step by step: float32 [M], NaN where nobody said."""
     examples: tuple[ShownExample, ...]
 
     @property
@@ -83,6 +89,8 @@ def check_data(
     settings = settings or TokenizeSettings()
     prompts: list[int] = []
     completions: list[np.ndarray] = []
+    desirable: list[bool] = []
+    step_labels: list[np.ndarray] = []
     shown: list[ShownExample] = []
     for example in read_examples(source, task=task, data_format=data_format, report=report, strict=False):
         group = None
@@ -96,6 +104,8 @@ def check_data(
         else:
             prompts.append(len(group.prompt))
             completions.append(np.array([len(completion.tokens) for completion in group.completions]))
+        desirable += example.desirable or ()
+        step_labels += _step_labels(group or example)
         if len(shown) < num_examples:
             everything = train_on == "all"
             shown.append(
@@ -108,12 +118,43 @@ def check_data(
         unit="words" if tokenizer is None else "tokens",
         prompt_lengths=np.array(prompts, dtype=np.int64),
         completion_lengths=tuple(completions),
+        desirable=tuple(desirable),
+        step_labels=np.concatenate([np.empty(0, dtype=np.float32), *step_labels]),
         examples=tuple(shown),
     )
 
 
 def _num_words(text: Text) -> int:
     return len(text.split()) if isinstance(text, str) else sum(len(str(turn["content"]).split()) for turn in text)
+
+
+def _step_labels(record: RankedCompletions | CompletionGroup) -> list[np.ndarray]:
+    """Of each completion that is labelled step by step."""
+    if isinstance(record, CompletionGroup):
+        return [each.step_labels for each in record.completions if each.step_labels is not None]
+    return [np.array(labels, dtype=np.float32) for labels in record.step_labels or ()]
+
+
+def _titles(record: RankedCompletions | CompletionGroup) -> tuple[str, ...]:
+    if labels := _step_labels(record):
+        return tuple(f"completion, steps labelled {' '.join(map(_label, each))}" for each in labels)
+    if record.desirable is not None:
+        return tuple("desirable" if good else "undesirable" for good in record.desirable)
+    named = {1: ("completion",), 2: ("chosen", "rejected")}
+    size = len(record.completions)
+    return named.get(size, tuple(f"rank {rank}" for rank in range(1, size + 1)))
+
+
+def _label(label: float) -> str:
+    return "?" if np.isnan(label) else f"{label:g}"
+
+
+def _trained(completion: Completion) -> np.ndarray:
+    """bool [T]: the tokens that something is learned at: those that the model wrote, or the ends of labelled steps."""
+    if completion.step_ends is None or completion.step_labels is None:
+        return completion.completion_mask
+    labelled = completion.step_ends[~np.isnan(completion.step_labels)]
+    return np.isin(np.arange(len(completion.tokens)), labelled)
 
 
 def _shown_text(example: RankedCompletions, *, everything: bool) -> ShownExample:
@@ -135,6 +176,7 @@ def _shown_text(example: RankedCompletions, *, everything: bool) -> ShownExample
     return ShownExample(
         where=example.where,
         prompt=parts(example.prompt, completion=False),
+        titles=_titles(example),
         completions=tuple(parts(completion, completion=True) for completion in example.completions),
         cut=(False,) * len(example.completions),
     )
@@ -154,7 +196,8 @@ def _shown_tokens(tokenizer: PreTrainedTokenizerBase | None, group: CompletionGr
     return ShownExample(
         where=group.where,
         prompt=parts(group.prompt, np.zeros(len(group.prompt), dtype=bool)),
-        completions=tuple(parts(each.tokens, each.completion_mask) for each in group.completions),
+        titles=_titles(group),
+        completions=tuple(parts(each.tokens, _trained(each)) for each in group.completions),
         cut=tuple(each.truncated for each in group.completions),
     )
 
@@ -201,7 +244,8 @@ def _blocks(check: DataCheck, name: str) -> Iterator[RenderableType]:
     how = "detected" if report.detected else "as told"
     yield Line(f"  format   {report.format} ({how}): {FORMATS[report.format].columns}")
     if chosen_only:
-        yield Line("           preference data read as demonstrations: the chosen side only")
+        side = "desirable" if report.format == "unpaired" else "chosen"
+        yield Line(f"           preference data read as demonstrations: the {side} side only")
     yield Line(f"  rows     {report.num_rows:,} read, {report.num_kept:,} kept{_sizes(check)}")
     yield from map(Line, _counted("dropped", report.dropped, report.first_dropped))
     yield from map(Line, _counted("noted", report.noted, report.first_noted))
@@ -229,7 +273,8 @@ def _blocks(check: DataCheck, name: str) -> Iterator[RenderableType]:
         yield from _example_lines(example)
     if check.examples:
         yield Line()
-        yield Line(f"{OPEN}…{CLOSE} is trained" + ("" if check.unit == "tokens" else "; with --tokenizer: every token"))
+        what = "where a step is scored" if len(check.step_labels) and check.unit == "tokens" else "trained"
+        yield Line(f"{OPEN}…{CLOSE} is {what}" + ("" if check.unit == "tokens" else "; with --tokenizer: every token"))
 
 
 def _counted(title: str, counts: dict[str, int], first: dict[str, str]) -> Iterator[str]:
@@ -238,6 +283,10 @@ def _counted(title: str, counts: dict[str, int], first: dict[str, str]) -> Itera
 
 
 def _sizes(check: DataCheck) -> str:
+    if labelled := int((~np.isnan(check.step_labels)).sum()):
+        return f" ({labelled:,} labelled steps, {100 * np.nanmean(check.step_labels):.1f} % right)"
+    if check.desirable:
+        return f" ({100 * np.mean(check.desirable):.0f} % desirable)"
     sizes = sorted({len(lengths) for lengths in check.completion_lengths})
     if not sizes or sizes == [1]:
         return ""
@@ -271,12 +320,9 @@ def _measured(check: DataCheck) -> Iterator[tuple[str, Sequence[int]]]:
 
 def _example_lines(example: ShownExample) -> Iterator[RenderableType]:
     yield _marked(example.prompt)
-    titles = {1: ("completion",), 2: ("chosen", "rejected")}.get(
-        len(example.completions), tuple(f"rank {rank}" for rank in range(1, len(example.completions) + 1))
-    )
     from rich.text import Text as Line
 
-    for title, completion, cut in zip(titles, example.completions, example.cut, strict=True):
+    for title, completion, cut in zip(example.titles, example.completions, example.cut, strict=True):
         yield Line(f"── {title}{' (cut)' if cut else ''}", style="bold")
         yield _marked(completion)
 

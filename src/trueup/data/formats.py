@@ -33,7 +33,7 @@ __all__ = [
     "split_at_turns",
 ]
 
-Task = Literal["sft", "preference"]
+Task = Literal["sft", "preference", "process"]
 Note = Callable[[str], None]
 
 ROWS_TO_DETECT = 32
@@ -51,6 +51,7 @@ ROLE_NAMES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot"
 
 PROMPT_COLUMNS = ("prompt", "question")
 COMPLETION_COLUMNS = ("completion", "response", "answer")
+LABEL_COLUMN = "label"
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 
 
@@ -94,6 +95,20 @@ def _number(value: Any, column: str) -> float:
     if isinstance(value, bool) or not math.isfinite(number):
         raise DataError(f"{column!r} must be a finite number, found {value!r:.40}")
     return number
+
+
+_TRUTHS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def _is_truth(value: Any) -> bool:
+    """Whether a cell says true or false: a boolean, 0 or 1, or one of these as a CSV file has them."""
+    return str(_from_array(value)).lower() in _TRUTHS
+
+
+def _truth(value: Any, column: str) -> bool:
+    if not _is_truth(value):
+        raise DataError(f"{column!r} must be true or false, found {value!r:.40}")
+    return _TRUTHS[str(_from_array(value)).lower()]
 
 
 def _list(value: Any, column: str) -> list[Any]:
@@ -296,6 +311,88 @@ def _read_prompt_completion(fields: Fields, note: Note) -> RankedCompletions:
     return _ranked(prompt, [completion], note, at_least=1)
 
 
+def _read_unpaired(fields: Fields, note: Note) -> RankedCompletions:
+    example = _read_prompt_completion(fields, note)
+    return replace(example, desirable=(_truth(_need(fields, LABEL_COLUMN), LABEL_COLUMN),))
+
+
+STEP_COLUMNS = ("steps", "completions")
+RATINGS = {1.0: 1.0, 0.0: 1.0, -1.0: 0.0}
+"""What people called a step, good, neutral or bad → how right it is: a neutral step is no mistake."""
+
+
+def _read_stepwise(fields: Fields, note: Note) -> RankedCompletions:
+    """Labels are true, false, or a share of right in [0, 1]; ratings are 1, 0 (neutral) or -1; null is not labelled.
+
+    They are two columns because a 0 means two things.
+    """
+    prompt = _text(_need(fields, *PROMPT_COLUMNS), "prompt")
+    column = _column(fields, STEP_COLUMNS) or "steps"
+    steps = [_string(step, f"{column}[{index}]") for index, step in enumerate(_list(_need(fields, column), column))]
+    column = _column(fields, ("labels", "ratings")) or "labels"
+    read = _rating if column == "ratings" else _label
+    labels = [
+        None if label is None else read(label, f"{column}[{index}]")
+        for index, label in enumerate(_list(_need(fields, "labels", "ratings"), column))
+    ]
+    return _stepwise(prompt, steps, labels)
+
+
+def _label(value: Any, column: str) -> float:
+    label = float(value) if isinstance(value, bool) else _number(value, column)
+    if not 0 <= label <= 1:
+        raise DataError(
+            f"{column!r} must lie between 0 and 1, found {value!r:.40}",
+            way_out="ratings of 1, 0 (neutral) and -1 go into a column 'ratings'",
+        )
+    return label
+
+
+def _rating(value: Any, column: str) -> float:
+    rating = _number(value, column)
+    if rating not in RATINGS:
+        raise DataError(f"{column!r} must be 1, 0 (neutral) or -1, found {value!r:.40}")
+    return RATINGS[rating]
+
+
+def _stepwise(prompt: Text, steps: Sequence[str], labels: Sequence[float | None]) -> RankedCompletions:
+    if len(labels) != len(steps):
+        raise DataError(f"{len(steps)} steps but {len(labels)} labels", way_out="label each step; null where not known")
+    for number, step in enumerate(steps, 1):
+        if not step.strip():
+            raise DataError(f"step {number} is empty", way_out="remove it, and its label")
+    if not steps:
+        raise _Dropped("no steps")
+    if all(label is None for label in labels):
+        raise _Dropped("no step is labelled")
+    text = "\n".join(steps)
+    return RankedCompletions(
+        prompt=prompt,
+        completions=(text if isinstance(prompt, str) else _as_turn(text, "assistant"),),
+        steps=(tuple(steps),),
+        step_labels=(tuple(labels),),
+    )
+
+
+_SHEPHERD_MARK, _SHEPHERD_START = "ки", "Step 1:"
+
+
+def _read_math_shepherd(fields: Fields, note: Note) -> RankedCompletions:
+    """The same text twice: with a mark behind each step in ``input``, with + or - in its place in ``label``."""
+    marked, judged = (_string(_need(fields, column), column) for column in ("input", "label"))
+    *parts, tail = marked.split(_SHEPHERD_MARK)
+    signs = re.fullmatch("([+-])".join(map(re.escape, (*parts, tail))), judged)
+    if not parts or signs is None:
+        raise DataError(f"'label' is not 'input' with + or - in place of every {_SHEPHERD_MARK}")
+    question, start, opening = parts[0].partition(_SHEPHERD_START)
+    if not start:
+        raise DataError(f"'input' has no {_SHEPHERD_START!r}, so the question's end is not known")
+    if tail.strip():
+        note("text behind the last labelled step left out")
+    steps = [step.strip() for step in (start + opening, *parts[1:])]
+    return _stepwise(f"{question.strip()}\n", steps, [float(sign == "+") for sign in signs.groups()])
+
+
 def _read_text(fields: Fields, note: Note) -> RankedCompletions:
     return _ranked("", [_string(_need(fields, "text"), "text")], note, at_least=1)
 
@@ -403,6 +500,10 @@ def _is_pair(fields: Fields) -> bool:
     return _has(fields, ["chosen"], ["rejected"])
 
 
+def _is_labelled(fields: Fields) -> bool:
+    return _has(fields, PROMPT_COLUMNS, COMPLETION_COLUMNS, [LABEL_COLUMN]) and _is_truth(fields[LABEL_COLUMN])
+
+
 def _is_whole(value: Any) -> bool:
     """Whether a conversation begins with somebody asking: then it holds the prompt."""
     if not _is_conversation(value):
@@ -421,12 +522,32 @@ def _matches_conversation(fields: Fields, key: str) -> bool:
     return key in _list(fields[column], column)[0]
 
 
+def _is_stepwise(fields: Fields) -> bool:
+    return _has(fields, PROMPT_COLUMNS, ["steps"]) or _has(fields, PROMPT_COLUMNS, ["completions"], ["labels"])
+
+
+def _is_math_shepherd(fields: Fields) -> bool:
+    return _has(fields, ["input"], ["label"]) and _SHEPHERD_MARK in str(fields["input"])
+
+
 # In the order of trial: the more a row must have, the earlier.
 FORMATS: dict[str, DataFormat] = {
+    "stepwise": DataFormat(
+        "process",
+        "prompt, steps (or completions), labels (true or false, or 0 to 1) or ratings (1, 0, -1), one per step",
+        _is_stepwise,
+        _read_stepwise,
+    ),
+    "math_shepherd": DataFormat(
+        "process",
+        f"input (question and steps, {_SHEPHERD_MARK} behind each step), label (the same, + or - in its place)",
+        _is_math_shepherd,
+        _read_math_shepherd,
+    ),
     "ranked": DataFormat(
         "preference",
         "prompt, completions (best first, or with scores or ranks)",
-        lambda fields: _has(fields, PROMPT_COLUMNS, ["completions"]),
+        lambda fields: _has(fields, PROMPT_COLUMNS, ["completions"]) and not _is_stepwise(fields),
         _read_ranked,
     ),
     "hh": DataFormat(
@@ -453,6 +574,12 @@ FORMATS: dict[str, DataFormat] = {
         lambda fields: _is_pair(fields) and _has(fields, PROMPT_COLUMNS),
         _read_explicit,
     ),
+    "unpaired": DataFormat(
+        "preference",
+        "prompt, completion, label (true: desirable, false: not)",
+        _is_labelled,
+        _read_unpaired,
+    ),
     "messages": DataFormat(
         "sft",
         "messages (role, content)",
@@ -468,7 +595,7 @@ FORMATS: dict[str, DataFormat] = {
     "prompt_completion": DataFormat(
         "sft",
         "prompt, completion (strings or message lists)",
-        lambda fields: _has(fields, PROMPT_COLUMNS, COMPLETION_COLUMNS),
+        lambda fields: _has(fields, PROMPT_COLUMNS, COMPLETION_COLUMNS) and not _is_labelled(fields),
         _read_prompt_completion,
     ),
     "alpaca": DataFormat(
@@ -480,6 +607,26 @@ FORMATS: dict[str, DataFormat] = {
     "text": DataFormat("sft", "text", lambda fields: _has(fields, ["text"]), _read_text),
 }
 
+TASKS: dict[Task | None, tuple[Task, ...]] = {
+    "sft": ("sft", "preference"),
+    "preference": ("preference",),
+    "process": ("process",),
+    None: ("process", "preference", "sft"),
+}
+"""Whose formats a task reads, in the order of trial. The best side of a preference is a demonstration."""
+
+COMMANDS: dict[Task, str] = {
+    "sft": "trueup sft",
+    "preference": "trueup reward or trueup preference",
+    "process": "trueup reward --process",
+}
+"""What trains on a task's data."""
+
+
+def format_names(task: Task | None) -> list[str]:
+    """The formats that a task reads, in the order of trial; None reads all."""
+    return [name for kind in TASKS[task] for name, each in FORMATS.items() if each.task == kind]
+
 
 def detect_format(first_rows: Sequence[Row], task: Task | None) -> str:
     """The name of the format that the first rows have, by their columns and the types in them.
@@ -487,9 +634,7 @@ def detect_format(first_rows: Sequence[Row], task: Task | None) -> str:
     For ``sft`` the formats of demonstrations are tried first, then those of preferences, whose best side is a
     demonstration; ``None`` tries all. Raises ``DataError`` where no format fits or the rows disagree.
     """
-    names = [name for name, each in FORMATS.items() if task != "preference" or each.task == task]
-    if task == "sft":
-        names.sort(key=lambda name: FORMATS[name].task != "sft")
+    names = format_names(task)
     found: dict[str | None, Row] = {}
     for row in first_rows:
         found.setdefault(next((name for name in names if FORMATS[name].matches(row.fields)), None), row)
@@ -498,6 +643,13 @@ def detect_format(first_rows: Sequence[Row], task: Task | None) -> str:
         raise DataError("there are no rows")
     if None in found:
         row = found[None]
+        other = next((name for name in FORMATS if FORMATS[name].matches(row.fields)), None)
+        if other:
+            raise DataError(
+                f"these are rows of the format '{other}', not {task} data",
+                where=row.where,
+                way_out=f"train on them with {COMMANDS[FORMATS[other].task]}, or name the format with data_format",
+            )
         raise DataError(
             f"no known format has these columns and types: {_columns(row.fields)}",
             where=row.where,
@@ -555,7 +707,7 @@ class ReadReport:
         """All of it in one line."""
         parts = [f"format {self.format}{' (detected)' if self.detected else ''}, {self.num_rows:,} rows"]
         if self.task == "sft" and self.format in FORMATS and FORMATS[self.format].task == "preference":
-            parts.append("the chosen side as demonstration")
+            parts.append(f"the {'desirable' if self.format == 'unpaired' else 'chosen'} side as demonstration")
         parts.append(f"{self.num_kept:,} kept")
         parts += [f"{n:,} dropped: {why} (first: {self.first_dropped[why]})" for why, n in self.dropped.items()]
         if self.malformed:
@@ -605,8 +757,8 @@ def read_examples(
             where = error.where or source_name(source)
             raise DataError(error.what, where=where, way_out=error.way_out) from None
         report.detected = True
-    elif data_format not in FORMATS or (task == "preference" and FORMATS[data_format].task != task):
-        names = ", ".join(name for name, each in FORMATS.items() if task != "preference" or each.task == task)
+    elif data_format not in format_names(task):
+        names = ", ".join(format_names(task))
         raise DataError(f"{data_format!r} is no format of {task or 'any'} data", way_out=f"choose one of auto, {names}")
     report.format, report.task = data_format, task
     for row in rows:
@@ -634,6 +786,11 @@ def _read(
     except DataError as error:
         way_out = error.way_out or f"the format '{report.format}' wants {data_format.columns}"
         return DataError(error.what, where=row.where, way_out=way_out)
+    if task == "sft" and example.desirable == (False,):
+        report.drop("undesirable completion", row.where)
+        return None
     for what in dict.fromkeys(seen):
         report.note(what, row.where)
-    return replace(example, completions=example.completions[:1], margin=None) if task == "sft" else example
+    if task == "sft":
+        return replace(example, completions=example.completions[:1], margin=None, desirable=None)
+    return example

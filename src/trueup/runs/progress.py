@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+Item = TypeVar("Item")
 
 _WINDOW_SECONDS = 30.0
 """Tokens per second are counted over this time: long enough to be steady, short enough to show a change."""
@@ -25,7 +27,7 @@ class RunProgress:
 
     ``done`` are steps of an earlier part of the run (resume): they are shown, and don't count for the speed.
     ``quiet`` prints nothing. Where the output is no terminal, a plain line comes every ``seconds_between_lines``, and
-    one at the end.
+    one at the end. ``aside`` shows what is done between the steps (an evaluation): it takes no part in the time left.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class RunProgress:
         self._num_tokens = 0
         self._metrics: dict[str, float] = {}
         self._bar: Progress | None = None
+        self._seconds_aside = 0.0
 
     def __enter__(self) -> Self:
         self._started = self._last_line = time.monotonic()
@@ -85,6 +88,28 @@ class RunProgress:
         elif not self.quiet and now - self._last_line >= self._seconds_between_lines:
             self._print_line()
 
+    def aside(self, items: Sequence[Item], title: str) -> Iterator[Item]:
+        """The items, one by one, with a bar (or now and then a line) of their own, and the time left for them."""
+        began = last_line = time.monotonic()
+        task = self._bar.add_task(title, total=len(items), line="") if self._bar else None
+        try:
+            for index, item in enumerate(items):
+                yield item
+                now, done = time.monotonic(), index + 1
+                left = clock((now - began) / done * (len(items) - done))
+                line = f"{done}/{len(items)} · {clock(now - began)} elapsed · {left} left"
+                if self._bar and task is not None:
+                    self._bar.update(task, completed=done, line=line)
+                elif not self.quiet and now - last_line >= self._seconds_between_lines:
+                    last_line = now
+                    self._console.print(f"{title} {line}", markup=False, soft_wrap=True)
+        finally:
+            if self._bar and task is not None:
+                self._bar.remove_task(task)
+            self._seconds_aside += time.monotonic() - began
+            # The tokens of steps before and after are not to be divided by the time between them.
+            self._recent = deque([(time.monotonic(), self._num_tokens)])
+
     def say(self, text: str) -> None:
         """Print a line of its own, above the bar where there is one; nothing when quiet."""
         if not self.quiet:
@@ -103,9 +128,10 @@ class RunProgress:
 
     @property
     def seconds_left(self) -> float | None:
-        """Steps left times the mean time of a step so far; None before the first step."""
+        """Steps left times the mean time of a step so far; None before the first step. What may come between the steps
+        is not known, and not counted."""
         new = self.done - self._first
-        return self.elapsed / new * (self.num_steps - self.done) if new else None
+        return (self.elapsed - self._seconds_aside) / new * (self.num_steps - self.done) if new else None
 
     @property
     def line(self) -> str:

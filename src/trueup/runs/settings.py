@@ -118,14 +118,16 @@ def check_range(
 
 
 def check_choices(settings: Any) -> None:
-    """Raise ``SettingsError`` for a field of ``Literal`` type that has none of its values. The command line checks this
-    itself; Python doesn't."""
+    """Raise ``SettingsError`` for a field of ``Literal`` type, or a tuple of such, that has none of its values. The
+    command line checks this itself; Python doesn't."""
     for name, annotation in typing.get_type_hints(type(settings)).items():
+        values = (getattr(settings, name),)
+        if typing.get_origin(annotation) is tuple and isinstance(values[0], tuple):
+            annotation, values = typing.get_args(annotation)[0], values[0]
         choices = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
-        if choices and getattr(settings, name) not in choices:
+        if choices and (unknown := [value for value in values if value not in choices]):
             raise SettingsError(
-                f"is {getattr(settings, name)!r}, but must be one of {', '.join(map(str, choices))}",
-                where=flag_name(name),
+                f"is {unknown[0]!r}, but must be one of {', '.join(map(str, choices))}", where=flag_name(name)
             )
 
 

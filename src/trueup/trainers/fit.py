@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,17 @@ from torch import Tensor, nn
 from trueup.data.collate import micro_batches
 from trueup.models.tree import TreeBatch, tree_batch
 from trueup.records import CompletionGroup
-from trueup.runs.statistics import accuracy_interval, length_matched_accuracy
+from trueup.runs.progress import RunProgress
+from trueup.runs.statistics import accuracy_metrics, calibration_metrics, comparison_tables
 from trueup.trainers.fingerprint import weights_fingerprint
 from trueup.trainers.inputs import Inputs
 from trueup.trainers.memory import memory_errors
 from trueup.trainers.session import RunResult, Session
 from trueup.trainers.stepping import Stepper
 from trueup.trainers.tally import Tally, Totals
+
+Told = Callable[[list[list[int]]], Iterator[list[int]]]
+"""Goes through micro-batches, and shows how far it is."""
 
 StepLoss = Callable[[Sequence[CompletionGroup], TreeBatch, Totals], tuple[Tensor, dict[str, Tensor]]]
 
@@ -39,10 +44,16 @@ def fit(
     save_model: Callable[[Path], None],
     write_samples: Callable[[int], None] = lambda step: None,
     accuracy: str | None = None,
+    score_gap: str | None = None,
+    summarise: Callable[[Tally], dict[str, float]] | None = None,
+    statistics: Callable[[Sequence[CompletionGroup]], Mapping[str, Tensor]] | None = None,
 ) -> RunResult:
     """Minimise ``loss`` over the steps of ``inputs``; evaluates at step 0, every ``eval_every`` steps and at the end.
 
-    ``accuracy`` names the metric of 0, ½ and 1 that gets an interval and its length-matched form in evaluations.
+    ``accuracy`` names the metric of 0, ½ and 1 that gets an interval and its length-matched form in evaluations;
+    ``score_gap`` the one whose σ is the model's probability of what people chose, for calibration and its tables.
+    ``summarise`` makes an evaluation's figures where these two do not do.
+    ``statistics`` computes what couples a batch over all groups of a step, before the first micro-batch.
     Raises ``NonFiniteError`` after ``max_skipped_steps`` steps without a finite loss or gradient, and
     ``KeyboardInterrupt`` after an interrupt, once the step is finished and saved; and ``OutOfMemoryError``.
     """
@@ -50,26 +61,30 @@ def fit(
     device = next(scorer.parameters()).device
     stepper = Stepper(scorer, settings, inputs.num_steps)
 
-    def measure(groups: Sequence[CompletionGroup], *, learn: bool) -> Tally:
-        tally, totals = Tally(), Totals.of(groups)
-        for micro in micro_batches(groups, settings.tokens_per_batch):
+    def measure(groups: Sequence[CompletionGroup], *, learn: bool, told: Told = iter) -> Tally:
+        tally, totals = Tally(), Totals.of(groups, statistics(groups) if statistics else None)
+        for micro in told(micro_batches(groups, settings.tokens_per_batch)):
             chosen = [groups[index] for index in micro]
             with memory_errors(settings, chosen):
                 batch = tree_batch(chosen, device)
-                share, metrics = loss(chosen, batch, totals)
+                share, metrics = loss(chosen, batch, totals.at(micro))
                 if learn:
                     share.backward()
-            tally.add(share, metrics, tokens=len(batch.tokens))
+            tally.add(share, metrics, tokens=len(batch.tokens), groups=chosen)
         return tally
 
-    def evaluate(step: int) -> dict[str, float]:
+    def evaluate(step: int, progress: RunProgress) -> dict[str, float]:
         scorer.eval()
         metrics = {}
         if inputs.held_out:
             with torch.no_grad():
-                tally = measure(inputs.held_out, learn=False)
-            metrics = {f"eval_{name}": value for name, value in summary(tally, accuracy).items()}
+                tally = measure(inputs.held_out, learn=False, told=partial(progress.aside, title="evaluation"))
+            figures = summarise(tally) if summarise else summary(tally, accuracy, score_gap)
+            metrics = {f"eval_{name}": value for name, value in figures.items()}
             session.log(metrics, step)
+            if score_gap and math.isfinite(metrics[f"eval_{score_gap}"]):
+                gaps, lengths = tally.all(score_gap).numpy(), tally.all("length_gap").numpy()
+                session.folder.log_calibration(comparison_tables(gaps, lengths, tally.lists()), step)
         write_samples(step)
         scorer.train()
         return metrics
@@ -85,7 +100,7 @@ def fit(
         )
     with closing(stepper), session.running(start, inputs.num_steps) as progress:
         if start == 0:
-            evaluated = evaluate(0)
+            evaluated = evaluate(0, progress)
         for step, epoch, groups in inputs.steps(start):
             began, done = time.perf_counter(), step + 1
             tally = measure(groups, learn=True)
@@ -108,7 +123,7 @@ def fit(
 
             last = done == inputs.num_steps
             if last or due(done, settings.eval_every):
-                evaluated = evaluate(done)
+                evaluated = evaluate(done, progress)
             if last or due(done, settings.save_every) or session.interrupt.requested:
                 session.save(done, stepper, counters, save_model)
             if session.interrupt.requested:
@@ -121,19 +136,14 @@ def due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def summary(tally: Tally, accuracy: str | None) -> dict[str, float]:
-    """Means of an evaluation; the accuracy with its 95 % interval, and with the lengths of the sides balanced."""
+def summary(tally: Tally, accuracy: str | None, score_gap: str | None = None) -> dict[str, float]:
+    """Means of an evaluation; the accuracy with its 95 % interval, and with the lengths of the sides balanced; of
+    ``score_gap`` the calibration."""
     metrics = tally.means()
-    if accuracy is None:
+    if accuracy not in metrics:
         return metrics
-    outcomes, gaps = tally.all(accuracy).numpy(), tally.all("length_gap").numpy()
+    outcomes, lists = tally.all(accuracy).numpy(), tally.lists()
     if np.isnan(outcomes).any():  # the model is broken: the means say so, and there is nothing to estimate
         return metrics
-    named: Iterable[tuple[str, tuple[float, float, float]]] = (
-        (accuracy, accuracy_interval(outcomes)),
-        (f"{accuracy}_length_matched", length_matched_accuracy(outcomes, gaps)),
-        (f"{accuracy}_longer_answer", accuracy_interval(0.5 * (1 + (gaps > 0) - (gaps < 0)))),
-    )
-    for name, (mean, low, high) in named:
-        metrics |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-    return metrics
+    metrics |= accuracy_metrics(outcomes, tally.all("length_gap").numpy(), lists, name=accuracy)
+    return metrics | (calibration_metrics(tally.all(score_gap).numpy(), lists) if score_gap else {})

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any, Literal, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from trueup.data.chat import TokenizeSettings, stop_token_ids, tokenize_group
 from trueup.data.collate import batches, merge_prompts, num_steps, prompt_families, split_holdout
-from trueup.data.formats import ReadReport, read_examples
+from trueup.data.formats import ReadReport, Task, read_examples
 from trueup.errors import DataError, SettingsError
 from trueup.records import CompletionGroup, RankedCompletions
 from trueup.trainers.fingerprint import groups_fingerprint, stream_fingerprint, tokenizer_fingerprint
 from trueup.trainers.settings import TrainSettings
 
-Task = Literal["sft", "preference"]
 Step = tuple[int, float, list[CompletionGroup]]
 """(step, epochs done when it is over, the groups of the step)"""
 
@@ -29,6 +28,8 @@ class Inputs:
     num_steps: int
     steps: Callable[[int], Iterator[Step]]
     """From a step number on."""
+    groups: list[CompletionGroup] | None
+    """All that may come in a step; None where that is not known (a stream)."""
     held_out: list[CompletionGroup]
     sampled: list[CompletionGroup]
     """The groups whose prompts are answered at every evaluation."""
@@ -50,6 +51,7 @@ def load_inputs(
     context_length: int | None = None,
     trained_as: Callable[[CompletionGroup], CompletionGroup] = lambda group: group,
     share_prompts: bool = False,
+    step_separator: str = "\n",
 ) -> Inputs:
     """Read, split, tokenise. What was read, dropped and cut is told in one line each for training and held-out data.
 
@@ -58,6 +60,7 @@ def load_inputs(
     ``trained_as``: what becomes of a group in steps and evaluations; what is sampled keeps its prompt.
     ``share_prompts``: the rows of one prompt come together, and those of one step as one group (of a stream, which is
     not shuffled, those that the step happens to hold). A step has ``batch_size`` rows either way.
+    ``step_separator``: what stands between the steps of an answer that comes in steps.
     Raises ``SettingsError`` without data, ``DataError`` for what can't be read and where no row is left.
     """
     source = data if data is not None else settings.data
@@ -81,6 +84,7 @@ def load_inputs(
         train_turns=settings.train_turns,
         wrap_text=settings.wrap_text,
         special_tokens_in_text=settings.special_tokens_in_text,
+        step_separator=step_separator,
     )
     stop_tokens = stop_token_ids(tokenizer, how)
 
@@ -130,6 +134,7 @@ def load_inputs(
         return Inputs(
             num_steps=settings.max_steps or 0,
             steps=lambda start: arranged(_stream_steps(stream, settings, start)),
+            groups=None,
             held_out=together(map(trained_as, held_out)),
             sampled=held_out[: settings.num_samples],
             stop_tokens=stop_tokens,
@@ -154,6 +159,7 @@ def load_inputs(
     return Inputs(
         num_steps=min(total, settings.max_steps or total),
         steps=lambda start: arranged(_shuffled_steps(groups, families, settings, start)),
+        groups=groups,
         held_out=together(map(trained_as, held_out)),
         sampled=sampled,
         stop_tokens=stop_tokens,

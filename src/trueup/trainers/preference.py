@@ -7,86 +7,39 @@ DPO as its paper has it, for a step of pairs (x, y_w, y_l):
     3. loss  −log σ(r̂_w − r̂_l),  mean over the pairs
     4. one optimiser step on θ; π_ref stays
 
-The other losses change line 3 only: ``LOSSES`` is the table.
+The other losses change line 3 only: ``losses.LOSSES`` is the table. Some need to know the whole step before its first
+micro-batch (KTO's reference point, AOT's ranks): ``losses.STATISTICS``.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
-from trueup.errors import ModelError, SettingsError
-from trueup.models.adapters import reference_mode
+from trueup.data.collate import micro_batches
+from trueup.errors import SettingsError
 from trueup.models.load import context_length, load_model
-from trueup.models.scorer import Scorer, prepare_scorer
-from trueup.models.tree import TreeBatch
-from trueup.objectives import preference as objectives
-from trueup.objectives import reference_free
-from trueup.objectives.logprobs import sequence_logprobs
-from trueup.records import CompletionGroup
+from trueup.models.scorer import prepare_scorer
+from trueup.models.tree import TreeBatch, tree_batch
+from trueup.objectives.preference import implicit_rewards
+from trueup.records import Completion, CompletionGroup
 from trueup.trainers.fit import fit
-from trueup.trainers.inputs import is_tokenized, load_inputs
-from trueup.trainers.ranked import check_ranked, ordered_pairs, outcomes, ranked_mask, ranked_rows
+from trueup.trainers.inputs import Inputs, is_tokenized, load_inputs
+from trueup.trainers.losses import STATISTICS, Compared, compare, joined, step_loss
+from trueup.trainers.ranked import check_ranked, ordered_pairs, outcomes
+from trueup.trainers.reference import reference_logprobs
 from trueup.trainers.samples import write_samples
 from trueup.trainers.session import RunResult, guarded, open_session
-from trueup.trainers.settings import REFERENCE_FREE, PreferenceSettings, SFTSettings, TrainSettings
+from trueup.trainers.settings import PER_TOKEN, PreferenceSettings, SFTSettings, TrainSettings
 from trueup.trainers.sft import train_sft
 from trueup.trainers.tally import Totals
 from trueup.trainers.trained_model import load_trained, save_trained
-
-
-@dataclass(frozen=True)
-class Compared:
-    """What a loss sees of a step: sequence log-probs of the policy and of the reference, ``[N, K]``, best first."""
-
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    lengths: Tensor
-    """Scored tokens of each completion."""
-    mask: Tensor
-    """Where a row has a completion."""
-
-    @property
-    def policy_pair(self) -> tuple[Tensor, Tensor]:
-        return self.logprobs[:, 0], self.logprobs[:, 1]
-
-    @property
-    def log_ratio_pair(self) -> tuple[Tensor, Tensor]:
-        log_ratios = self.logprobs - self.ref_logprobs
-        return log_ratios[:, 0], log_ratios[:, 1]
-
-    @property
-    def chosen_mean_logprobs(self) -> Tensor:
-        return self.logprobs[:, 0] / self.lengths[:, 0]
-
-    @property
-    def pair_lengths(self) -> dict[str, Tensor]:
-        return {"chosen_lengths": self.lengths[:, 0], "rejected_lengths": self.lengths[:, 1]}
-
-
-Loss = Callable[[Compared, PreferenceSettings], Tensor]
-
-LOSSES: dict[str, Loss] = {
-    "dpo": lambda x, s: objectives.dpo(*x.log_ratio_pair, beta=s.beta),
-    "conservative_dpo": lambda x, s: objectives.conservative_dpo(
-        *x.log_ratio_pair, beta=s.beta, label_smoothing=s.label_smoothing
-    ),
-    "robust_dpo": lambda x, s: objectives.robust_dpo(*x.log_ratio_pair, beta=s.beta, label_smoothing=s.label_smoothing),
-    "ipo": lambda x, s: objectives.ipo(*x.log_ratio_pair, beta=s.beta),
-    "hinge": lambda x, s: objectives.hinge(*x.log_ratio_pair, beta=s.beta),
-    "rpo": lambda x, s: objectives.rpo(*x.log_ratio_pair, x.chosen_mean_logprobs, beta=s.beta, alpha=s.alpha),
-    "simpo": lambda x, s: reference_free.simpo(*x.policy_pair, **x.pair_lengths, beta=s.beta, margin=s.simpo_margin),
-    "orpo": lambda x, s: reference_free.orpo(*x.policy_pair, **x.pair_lengths, coef=s.orpo_coef),
-    "plackett_luce": lambda x, s: objectives.plackett_luce_dpo(x.logprobs, x.ref_logprobs, beta=s.beta, mask=x.mask),
-}
 
 
 @guarded
@@ -111,24 +64,42 @@ def train_preference(
         data=data,
         eval_data=eval_data,
         say=session.say,
-        check=check_ranked if settings.loss == "plackett_luce" else check_pair,
+        check=check_for(settings),
         context_length=context_length(policy),
     )
     scorer = prepare_scorer(policy)
-    reference = reference_logprobs(settings, policy, scorer, tokenizer)
+    limit = min(settings.max_length, context_length(policy) or settings.max_length)
+    partners: Partners = partial(mismatched, max_length=limit)
+    known = None
+    if inputs.groups is not None:
+        pools = groups_seen(inputs), inputs.held_out
+        partners = partners_within(pools, limit)
+        known = [*pools[0], *pools[1]]
+        known += partners(known) if "kto" in settings.loss else []
+    reference = reference_logprobs(
+        settings, scorer, tokenizer, known if settings.cache_reference else None, say=session.say
+    )
+    device = next(scorer.parameters()).device
+    want = ("log_collision",) if settings.weight_by_policy else ()
+
+    def compared(
+        groups: Sequence[CompletionGroup], batch: TreeBatch, statistics: Mapping[str, Tensor] | None = None
+    ) -> Compared:
+        scores = scorer(batch, want=want)
+        return compare(groups, batch, scores, reference(groups, batch), settings, statistics or {})
 
     def loss(groups: Sequence[CompletionGroup], batch: TreeBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
-        def by_prompt(logprobs: Tensor) -> Tensor:
-            return ranked_rows(sequence_logprobs(batch.rows(logprobs), batch.row_mask), groups)
+        x = compared(groups, batch, totals.statistics)
+        return step_loss(x, settings).sum() / totals.groups, preference_metrics(x, settings)
 
-        compared = Compared(
-            logprobs=by_prompt(scorer(batch).logprobs),
-            ref_logprobs=by_prompt(reference(batch)),
-            lengths=ranked_rows(batch.row_mask.sum(-1), groups),
-            mask=ranked_mask(groups, batch.tokens.device),
-        )
-        losses = LOSSES[settings.loss](compared, settings)
-        return losses.sum() / totals.groups, preference_metrics(compared, settings)
+    def statistics(groups: Sequence[CompletionGroup]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for of, statistic in (STATISTICS[name] for name in settings.loss if name in STATISTICS):
+            seen = partners(groups) if of == "mismatched" else groups
+            found |= statistic(
+                whole_step(seen, compared, settings.tokens_per_batch, device) if seen else None, settings
+            )
+        return {name: values.expand(len(groups)) for name, values in found.items()}
 
     return fit(
         session,
@@ -138,7 +109,15 @@ def train_preference(
         save_model=lambda folder: save_trained(policy, tokenizer, folder),
         write_samples=lambda step: write_samples(session, policy, tokenizer, inputs, step),
         accuracy="rewards/accuracies",
+        statistics=statistics if set(settings.loss) & set(STATISTICS) else None,
     )
+
+
+def check_for(settings: PreferenceSettings) -> Callable[[CompletionGroup], None]:
+    """What every group of the data must be for these losses."""
+    if settings.needs_pairs:
+        return check_pair
+    return check_ranked if "plackett_luce" in settings.loss else check_judged
 
 
 def check_pair(group: CompletionGroup) -> None:
@@ -152,61 +131,103 @@ def check_pair(group: CompletionGroup) -> None:
         )
 
 
-def preference_metrics(compared: Compared, settings: PreferenceSettings) -> dict[str, Tensor]:
-    """TRL's names: implicit rewards of the better and the worse completion of every pair, and how they compare.
+def check_judged(group: CompletionGroup) -> None:
+    """Raise ``TrueupError`` for a group that neither is a pair nor has labels."""
+    if group.desirable is None:
+        check_pair(group)
 
-    The reward of a loss without reference is β times the *mean* log-prob of a token, which is what it compares.
+
+def preference_metrics(x: Compared, settings: PreferenceSettings) -> dict[str, Tensor]:
+    """TRL's names: implicit rewards of the better and the worse completion of every pair, and how they compare; of
+    unpaired data those of the desirable and the undesirable completions.
+
+    The reward of a loss that compares *mean* log-probs of a token, without reference, is β times that mean.
     """
-    per_token = compared.lengths.clamp(min=1) if settings.loss in REFERENCE_FREE else 1
-    rewards = objectives.implicit_rewards(compared.logprobs / per_token, compared.ref_logprobs, beta=settings.beta)
-    chosen, rejected = ordered_pairs(rewards, compared.mask)
-    chosen_logps, rejected_logps = ordered_pairs(compared.logprobs, compared.mask)
-    chosen_lengths, rejected_lengths = ordered_pairs(compared.lengths, compared.mask)
-    return {
+    per_token = x.lengths.clamp(min=1) if set(settings.loss) <= set(PER_TOKEN) else 1
+    zero = torch.zeros_like(x.log_ratios)
+    rewards = implicit_rewards(x.log_ratios / per_token, zero, beta=settings.beta).detach()
+    pairs = x.mask & x.ranked[:, None]
+
+    def sides(values: Tensor) -> tuple[Tensor, Tensor]:
+        better, worse = ordered_pairs(values, pairs)
+        single = x.mask & ~x.ranked[:, None]
+        return torch.cat([better, values[single & x.desirable]]), torch.cat([worse, values[single & ~x.desirable]])
+
+    (better, worse), lengths = ordered_pairs(rewards, pairs), ordered_pairs(x.lengths, pairs)
+    (chosen, rejected), (chosen_logps, rejected_logps) = sides(rewards), sides(x.logprobs)
+    metrics = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": outcomes(chosen, rejected),
+        "rewards/margins": better - worse,
+        "rewards/accuracies": outcomes(better, worse),
         "logps/chosen": chosen_logps,
         "logps/rejected": rejected_logps,
-        "length_gap": (chosen_lengths - rejected_lengths).float(),
+        "length_gap": (lengths[0] - lengths[1]).float(),
     }
+    if settings.weight_by_policy:
+        metrics["weight"] = x.weights
+    return metrics | {name: x.statistics[name] for name in ("kl", "bco_shift") if name in x.statistics}
 
 
-def reference_logprobs(
-    settings: PreferenceSettings, policy: nn.Module, scorer: Scorer, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[TreeBatch], Tensor]:
-    """How log π_ref is found: not at all, from a model of its own, with the adapter off, or from a frozen copy.
+def groups_seen(inputs: Inputs) -> list[CompletionGroup]:
+    """The training groups that the steps of a run ask for, in the order of the data."""
+    seen = {id(group) for _, _, groups in inputs.steps(0) for group in groups}
+    return [group for group in inputs.groups or () if id(group) in seen]
 
-    Raises ``ModelError`` for a reference that reads the tokens otherwise than the policy.
+
+def mismatched(groups: Sequence[CompletionGroup], max_length: int) -> list[CompletionGroup]:
+    """Every prompt with the completions of the next group, the last with those of the first: what KTO estimates its
+    reference point on. Completions are cut where prompt and completion together are too long; a single group has no
+    other, and gives none.
     """
-    if settings.loss in REFERENCE_FREE:
-        return lambda batch: torch.zeros_like(batch.targets, dtype=torch.float32)
-    if settings.reference is None and settings.lora_rank > 0:
+    if len(groups) < 2:
+        return []
+    return [
+        dataclasses.replace(
+            group,
+            completions=tuple(shortened(each, max_length - len(group.prompt)) for each in other.completions),
+            desirable=other.desirable,
+        )
+        for group, other in zip(groups, (*groups[1:], groups[0]), strict=True)
+    ]
 
-        def adapter_off(batch: TreeBatch) -> Tensor:
-            with torch.no_grad(), reference_mode(policy):
-                return scorer(batch).logprobs
 
-        return adapter_off
-    if settings.reference is None:
-        frozen = copy.deepcopy(scorer)
-    else:
-        loaded = load_model(settings.reference, dtype=settings.dtype, device=settings.device)
-        if loaded.tokenizer.get_vocab().items() ^ tokenizer.get_vocab().items():
-            raise ModelError(
-                "its tokens are not those of the policy, so the same numbers mean other texts",
-                where=settings.reference,
-                way_out="take a reference with the policy's tokenizer",
-            )
-        frozen = prepare_scorer(loaded.model)
-    frozen.requires_grad_(False).eval()
+def shortened(completion: Completion, room: int) -> Completion:
+    mask = None if completion.mask is None else completion.mask[:room]
+    return dataclasses.replace(completion, tokens=completion.tokens[:room], mask=mask, sampler_logprobs=None)
 
-    def from_copy(batch: TreeBatch) -> Tensor:
-        with torch.no_grad():
-            return frozen(batch).logprobs
 
-    return from_copy
+Partners = Callable[[Sequence[CompletionGroup]], list[CompletionGroup]]
+
+
+def partners_within(pools: Sequence[Sequence[CompletionGroup]], max_length: int) -> Partners:
+    """The mismatched group of each group, the same in every step: so its reference can be known in advance."""
+    pairs = ((group, other) for pool in pools for group, other in zip(pool, mismatched(pool, max_length), strict=False))
+    known = {id(group): (group, other) for group, other in pairs}
+    return lambda groups: [known[id(group)][1] for group in groups if id(group) in known]
+
+
+def whole_step(
+    groups: Sequence[CompletionGroup], compared: Callable[..., Compared], tokens_per_batch: int, device: torch.device
+) -> Compared:
+    """All groups of a step side by side, without gradient."""
+    cut = micro_batches(groups, tokens_per_batch)
+    parts = []
+    with torch.no_grad():
+        for micro in cut:
+            chosen = [groups[index] for index in micro]
+            parts.append(compared(chosen, tree_batch(chosen, device)))
+    return joined(parts, order=[index for micro in cut for index in micro])
+
+
+def demonstrations(groups: Sequence[CompletionGroup]) -> list[CompletionGroup]:
+    """The best completion of every ranking, and every desirable one."""
+    return [
+        dataclasses.replace(group, completions=(completion,), margin=None, desirable=None)
+        for group in groups
+        for completion, good in zip(group.completions, group.desirable or (True,), strict=False)
+        if good
+    ]
 
 
 def fit_reference(
@@ -217,10 +238,7 @@ def fit_reference(
     Needed where the policy that sampled the pairs is unknown: it brings the reference close to the data. Its run lies
     in the folder ``reference`` of this run; a resumed run takes it from there.
     """
-    if is_tokenized(data):
-        data = [dataclasses.replace(group, completions=group.completions[:1], margin=None) for group in data]
-    if is_tokenized(eval_data):
-        eval_data = [dataclasses.replace(group, completions=group.completions[:1], margin=None) for group in eval_data]
+    data, eval_data = (demonstrations(each) if is_tokenized(each) else each for each in (data, eval_data))
     shared = {field.name: getattr(settings, field.name) for field in dataclasses.fields(TrainSettings)}
     changed = {
         "output": str(Path(settings.output) / "reference"),

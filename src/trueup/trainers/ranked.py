@@ -14,6 +14,12 @@ from trueup.records import CompletionGroup
 
 def check_ranked(group: CompletionGroup) -> None:
     """Raise ``DataError`` for a group without two completions to compare."""
+    if group.desirable is not None:
+        raise DataError(
+            "a completion with a label, and nothing to compare it with",
+            where=group.where or None,
+            way_out="--loss kto, bco, apo_zero, nca or sppo take such data",
+        )
     if len(group.completions) < 2:
         raise DataError("a preference needs two completions", where=group.where or None)
 

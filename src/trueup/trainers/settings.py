@@ -10,17 +10,49 @@ from trueup.errors import SettingsError
 from trueup.runs.settings import check_choices, check_range, check_used
 
 PreferenceLoss = Literal[
-    "dpo", "conservative_dpo", "robust_dpo", "ipo", "hinge", "rpo", "simpo", "orpo", "plackett_luce"
+    "dpo",
+    "conservative_dpo",
+    "robust_dpo",
+    "ipo",
+    "hinge",
+    "exo",
+    "discopop",
+    "aot",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
+    "kto",
+    "bco",
+    "nca",
+    "sppo",
+    "rpo",
+    "nll",
+    "cpo",
+    "simpo",
+    "orpo",
+    "plackett_luce",
 ]
 
-REFERENCE_FREE = ("simpo", "orpo")
+REFERENCE_FREE = ("simpo", "orpo", "cpo", "nll")
 """Losses that know no reference."""
 
+PER_TOKEN = ("simpo", "orpo", "nll")
+"""Those among them that compare mean log-probs of a token."""
+
+POINTWISE = ("kto", "bco", "apo_zero", "nca", "sppo")
+"""Losses that judge each completion by itself: they take unpaired data, and the two sides of a pair."""
+
+LINKED = ("dpo", "conservative_dpo", "robust_dpo", "ipo", "hinge", "exo", "discopop", "rpo")
+"""Losses of a pair's log-ratios that any divergence can stand behind."""
+
 LOSS_SETTINGS = {
-    "label_smoothing": ("conservative_dpo", "robust_dpo"),
-    "alpha": ("rpo",),
+    "label_smoothing": ("conservative_dpo", "robust_dpo", "exo", "aot", "aot_unpaired", "cpo"),
+    "alpha": ("rpo", "cpo"),
     "simpo_margin": ("simpo",),
     "orpo_coef": ("orpo",),
+    "discopop_tau": ("discopop",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
 }
 """Settings that only some losses read."""
 
@@ -190,10 +222,16 @@ class RewardSettings(TrainSettings):
     """Weight of the penalty that pulls the mean score of each row to 0. It biases score differences: keep it small."""
     use_margin: bool = True
     """Ask for a score difference of at least the row's margin, where the data has one."""
+    process: bool = False
+    """Score every step of an answer instead of the whole (process reward model): rows of prompt, steps and labels."""
+    step_separator: str = "\n"
+    """What stands between the steps of an answer (--process)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, "centering_coef", at_least=0)
+        check_used(self, not self.process, "answers to compare: --process has none", "centering_coef", "use_margin")
+        check_used(self, self.process, "--process", "step_separator")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,20 +242,42 @@ class PreferenceSettings(TrainSettings):
     """Folder of this run: settings, metrics, samples and checkpoints."""
     learning_rate: float = 1e-6
     """Peak learning rate. With LoRA, about ten times as much."""
-    loss: PreferenceLoss = "dpo"
-    """Objective; docs/objectives/preference.md says what each is for. plackett_luce takes ranked lists too."""
+    loss: tuple[PreferenceLoss, ...] = ("dpo",)
+    """Objective, or several to be added up; docs/objectives/preference.md says what each is for. plackett_luce takes
+    ranked lists; kto, bco, apo_zero, nca and sppo take unpaired data (prompt, completion, label) as well as pairs."""
+    loss_weights: tuple[float, ...] = ()
+    """Weight of each --loss; by default 1."""
     beta: float = 0.1
-    """Strength of the leash to the reference (dpo and kin), or scale of the reward (simpo)."""
+    """Strength of the leash to the reference (dpo and kin), or scale of the reward (simpo, cpo)."""
     label_smoothing: float = 0.0
-    """Share of labels believed to be flipped (conservative_dpo, robust_dpo); below 0.5."""
+    """Share of labels believed to be flipped (conservative_dpo, robust_dpo, exo, aot, cpo); below 0.5."""
     alpha: float = 1.0
-    """Weight of the likelihood of the chosen completion (rpo)."""
+    """Weight of the likelihood of the chosen completion (rpo, cpo)."""
     simpo_margin: float = 0.5
     """Target margin γ between the mean log-probs, in units of the reward (simpo)."""
     orpo_coef: float = 0.1
     """Weight λ of the odds-ratio term beside the likelihood of the chosen completion (orpo)."""
+    discopop_tau: float = 0.05
+    """Temperature of the blend between the logistic and the exponential part (discopop)."""
+    desirable_weight: float = 1.0
+    """Weight of desirable completions (kto). With unequal numbers: weight × number should be alike on both sides."""
+    undesirable_weight: float = 1.0
+    """Weight of undesirable completions (kto)."""
+    divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl"
+    """What holds the policy to the reference; DPO's own is the reverse KL."""
+    divergence_alpha: float = 0.5
+    """Parameter of --divergence alpha: near 0 it is the reverse, near 1 the forward KL."""
+    normalize_lengths: bool = False
+    """Divide each log-ratio by its completion's length in tokens: a long answer counts no more than a short one."""
+    length_alpha: float = 1.0
+    """Weight of the tokens of the longer completion beyond the shorter one's length (LD-DPO); 1 is a plain sum."""
+    weight_by_policy: bool = False
+    """Weigh each pair by how likely the policy itself is to write it (WPO): off-policy pairs count less."""
     reference: str | None = None
-    """Reference model; by default the model itself as it was before training (with LoRA: the adapter switched off)."""
+    """Reference model; by default the model itself as it was before training."""
+    cache_reference: bool = True
+    """Compute the reference's log-probs once, before training, and keep them on disk ($TRUEUP_CACHE). Otherwise, and
+    with --streaming, a frozen copy stays in memory (with LoRA: the adapter is switched off), asked at every step."""
     fit_reference: bool = False
     """First fit the model by maximum likelihood to the chosen completions, and take that as reference and start: for
     open preference sets whose sampling policy is unknown."""
@@ -230,15 +290,42 @@ class PreferenceSettings(TrainSettings):
         super().__post_init__()
         for name in ("beta", "fit_learning_rate"):
             check_range(self, name, above=0, below=math.inf)
-        for name in ("alpha", "simpo_margin", "orpo_coef"):
+        for name in ("alpha", "simpo_margin", "orpo_coef", "desirable_weight", "undesirable_weight"):
             check_range(self, name, at_least=0)
         check_range(self, "fit_epochs", at_least=1)
+        check_range(self, "discopop_tau", above=0, at_most=1)
+        check_range(self, "divergence_alpha", above=0, below=1)
+        check_range(self, "length_alpha", at_least=0, at_most=1)
         check_range(self, "label_smoothing", at_least=0, below=0.5)
+        if not self.loss or len(set(self.loss)) < len(self.loss):
+            raise SettingsError("needs one loss or more, each once", where="--loss")
+        if self.loss_weights and len(self.loss_weights) != len(self.loss):
+            raise SettingsError(f"{len(self.loss_weights)} weights for {len(self.loss)} losses", where="--loss-weights")
+        if "plackett_luce" in self.loss and len(self.loss) > 1:
+            raise SettingsError("plackett_luce compares whole lists, and stands alone", where="--loss")
+        if "exo" in self.loss and self.label_smoothing == 0:
+            raise SettingsError(
+                "exo needs it above 0: it divides by it", where="--label-smoothing", way_out="--label-smoothing 0.001"
+            )
         if self.fit_reference and self.reference:
             raise SettingsError(
                 "--reference is given already", where="--fit-reference", way_out="leave one of the two out"
             )
         check_used(self, self.fit_reference, "--fit-reference", "fit_epochs", "fit_learning_rate")
-        check_used(self, self.loss not in REFERENCE_FREE, "a --loss that compares with one", "reference")
+        check_used(self, self.needs_reference, "a --loss that compares with one", "reference", "cache_reference")
+        check_used(self, self.needs_reference, "a --loss of log-ratios", "normalize_lengths")
+        check_used(self, not self.streaming, "data that are all read first", "cache_reference")
+        check_used(self, set(self.loss) <= set(LINKED), f"--loss {' or '.join(LINKED)}", "divergence")
+        check_used(self, self.divergence == "alpha", "--divergence alpha", "divergence_alpha")
+        check_used(self, self.needs_pairs, "a --loss that compares pairs", "length_alpha", "weight_by_policy")
         for name, losses in LOSS_SETTINGS.items():
-            check_used(self, self.loss in losses, f"--loss {' or '.join(losses)}", name)
+            check_used(self, bool(set(losses) & set(self.loss)), f"--loss {' or '.join(losses)}", name)
+
+    @property
+    def needs_reference(self) -> bool:
+        return not set(self.loss) <= set(REFERENCE_FREE)
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether only pairs do, not single completions and not longer lists."""
+        return not set(self.loss) <= {*POINTWISE, "plackett_luce"}
