@@ -193,11 +193,9 @@ class SFTSettings(TrainSettings):
     learning_rate: float = 2e-5
     """Peak learning rate. With LoRA, about ten times as much."""
     train_on: Literal["completion", "all"] = "completion"
-    """Which tokens are trained: those of the completion (in a conversation the assistant's, see --train-turns), or all,
-    prompts and other people's turns too."""
+    """Tokens to train: the completion's (in a conversation: what the assistant says), or all, prompts too."""
     share_prompts: bool = True
-    """Up to eight rows with the same prompt come together in a step, and compute it once; otherwise every row is
-    shuffled by itself. What a step's loss is, and its number of rows, does not depend on it."""
+    """Keep up to eight rows of one prompt together and compute it once; otherwise every row is shuffled by itself."""
     label_smoothing: float = 0.0
     """Share of each label that is spread evenly over the vocabulary, in [0, 1)."""
     neftune_alpha: float = 0.0
