@@ -42,8 +42,15 @@ COMMANDS = {
         "check",
     ),
     "model new": Command("Write a tiny model from scratch", "trueup.cli.model", "NewSettings", "new"),
+    "model normalize": Command(
+        "Copy a reward model with its scores shifted to mean 0 on given completions",
+        "trueup.cli.score",
+        "NormalizeSettings",
+        "normalize",
+    ),
     "sft": Command("Supervised fine-tuning on demonstrations", "trueup.cli.train", "SFTSettings", "sft"),
     "reward": Command("Train a reward model on preferences", "trueup.cli.train", "RewardSettings", "reward"),
+    "score": Command("Score completions with reward models", "trueup.cli.score", "ScoreSettings", "score"),
     "preference": Command(
         "Preference optimisation: DPO and its family", "trueup.cli.train", "PreferenceSettings", "preference"
     ),
