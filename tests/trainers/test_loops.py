@@ -154,9 +154,7 @@ def test_ranked_lists_need_plackett_luce(tiny_model: str, output: str):
     with pytest.raises(SettingsError, match="more than two completions") as caught:
         train("preference", tiny_model, rows, output)
     assert "plackett_luce" in str(caught.value)
-    result = train(
-        "preference", tiny_model, rows, output + "-pl", loss="plackett_luce", eval_data=rows, num_epochs=40
-    )
+    result = train("preference", tiny_model, rows, output + "-pl", loss="plackett_luce", eval_data=rows, num_epochs=40)
     assert result.metrics["eval_rewards/accuracies"] > 0.9
     result = train("reward", tiny_model, rows, output + "-rm", eval_data=rows, num_epochs=40)
     assert result.metrics["eval_accuracy"] > 0.9

@@ -155,7 +155,7 @@ LOSSES: dict[str, Loss] = {
         pointwise.kto(
             x.log_ratios,
             x.desirable,
-            kl=x.statistics["kl"][0],
+            kl=_kto_kl(x),
             beta=s.beta,
             desirable_weight=s.desirable_weight,
             undesirable_weight=s.undesirable_weight,
@@ -192,6 +192,11 @@ def _aot_unpaired(x: Compared, s: PreferenceSettings) -> Tensor:
     return both - both.detach() / 2
 
 
+def _kto_kl(x: Compared) -> Tensor:
+    # A step of a single prompt has no other's completions to estimate it on.
+    return x.statistics["kl"][0] if "kl" in x.statistics else x.logprobs.new_zeros(())
+
+
 def step_loss(x: Compared, settings: PreferenceSettings) -> Tensor:
     """The losses of the settings, weighed and added up: ``[N]``."""
     weights = settings.loss_weights or (1.0,) * len(settings.loss)
@@ -199,13 +204,13 @@ def step_loss(x: Compared, settings: PreferenceSettings) -> Tensor:
     return x.weights * torch.stack(list(parts)).sum(0)
 
 
-Statistic = Callable[[Compared | None, PreferenceSettings], dict[str, Tensor]]
+Statistic = Callable[[Compared, PreferenceSettings], dict[str, Tensor]]
 
 STATISTICS: dict[str, tuple[Literal["step", "mismatched"], Statistic]] = {
     "aot": ("step", lambda x, s: _aot_statistics(x)),
     "aot_unpaired": ("step", lambda x, s: _aot_unpaired_statistics(x)),
     "bco": ("step", lambda x, s: {"bco_shift": _bco_shift(x, s)}),
-    "kto": ("mismatched", lambda x, s: {"kl": _kto_kl(x)}),
+    "kto": ("mismatched", lambda x, s: {"kl": pointwise.kto_kl(x.log_ratios[x.mask])}),
 }
 """What couples a batch: numbers, or one for each row, ``[N]``. Each is computed without gradient over all groups of a
 step, or over the mismatched ones (each prompt with another's completions), and given to every micro-batch."""
@@ -229,7 +234,3 @@ def _bco_shift(x: Compared, s: PreferenceSettings) -> Tensor:
     if labels.all() or not labels.any():  # half-way to a mean that this step does not know
         return s.beta * log_ratios.mean()
     return pointwise.bco_shift(log_ratios, labels, beta=s.beta)
-
-
-def _kto_kl(x: Compared | None) -> Tensor:
-    return torch.zeros(()) if x is None else pointwise.kto_kl(x.log_ratios[x.mask])

@@ -22,6 +22,7 @@ from trueup.objectives.preference import reward_model_loss
 from trueup.records import CompletionGroup
 from trueup.trainers.fit import fit
 from trueup.trainers.inputs import load_inputs
+from trueup.trainers.process import train_process
 from trueup.trainers.ranked import check_ranked, ordered_pairs, outcomes, ranked_mask, ranked_rows
 from trueup.trainers.session import RunResult, guarded, open_session
 from trueup.trainers.settings import RewardSettings
@@ -33,11 +34,13 @@ from trueup.trainers.trained_model import load_trained, save_trained
 def train_reward(
     settings: RewardSettings, *, model: Any = None, tokenizer: Any = None, data: Any = None, eval_data: Any = None
 ) -> RunResult:
-    """Train a reward model on preferences.
+    """Train a reward model on preferences; with ``settings.process`` on answers that are labelled step by step.
 
     ``model`` and ``tokenizer`` (objects), ``data`` and ``eval_data`` (rows, a ``datasets`` object or completion groups)
     take the place of the settings of the same name. Raises ``TrueupError`` for every mistake that the user can mend.
     """
+    if settings.process:
+        return train_process(settings, model=model, tokenizer=tokenizer, data=data, eval_data=eval_data)
     session = open_session("reward", settings)
     reward_model, tokenizer = load_trained(
         settings, model, tokenizer, load=partial(load_reward_model, seed=settings.seed)
@@ -71,6 +74,7 @@ def train_reward(
         loss=loss,
         save_model=lambda folder: save_trained(reward_model, tokenizer, folder),
         accuracy="accuracy",
+        score_gap="margin",
     )
 
 
