@@ -95,10 +95,9 @@ def train_preference(
     def statistics(groups: Sequence[CompletionGroup]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for of, statistic in (STATISTICS[name] for name in settings.loss if name in STATISTICS):
-            seen = partners(groups) if of == "mismatched" else groups
-            found |= statistic(
-                whole_step(seen, compared, settings.tokens_per_batch, device) if seen else None, settings
-            )
+            over = partners(groups) if of == "mismatched" else groups
+            if over:
+                found |= statistic(whole_step(over, compared, settings.tokens_per_batch, device), settings)
         return {name: values.expand(len(groups)) for name, values in found.items()}
 
     return fit(
