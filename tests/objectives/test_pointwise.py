@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -316,4 +317,24 @@ NONE = scalar(0)
 )
 def test_settings_out_of_range_are_named(message: str, call: Callable[[], Tensor]) -> None:
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+def unchecked(function: Any) -> Callable[..., Tensor]:
+    """As it is outside of tests: without the run-time check of types and shapes."""
+    return function.__wrapped__
+
+
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("desirable", lambda: unchecked(bco)(t(1, 2), UP, beta=1.0, shift=NONE)),
+        ("desirable", lambda: unchecked(bco_shift)(t(1, 2), UP, beta=1.0)),
+        ("desirable", lambda: unchecked(apo_zero)(t(1, 2), UP, beta=1.0)),
+        ("desirable", lambda: unchecked(nca)(t(1, 2), UP, beta=1.0)),
+        ("win_probability", lambda: unchecked(sppo)(t(1, 2), t(1), beta=1.0)),
+    ],
+)
+def test_shapes_that_differ_are_named(argument: str, call: Callable[[], Tensor]) -> None:
+    with pytest.raises(ValueError, match=f"{argument} has the shape"):
         call()

@@ -112,6 +112,9 @@ def test_reward_model_golden() -> None:
     assert (reward_model_loss(t(1, 2, 3), centering_coef=1.0) - reward_model_loss(t(1, 2, 3))).item() == pytest.approx(
         16
     )
+    # a list of one has no ranking to learn, and a score to centre
+    alone = reward_model_loss(t(3, 99), centering_coef=0.1, mask=torch.tensor([True, False]))
+    assert alone.item() == pytest.approx(3.6)
 
 
 def test_margin_of_a_list_is_the_lead_of_its_first() -> None:
@@ -777,7 +780,45 @@ def test_settings_out_of_range_are_named(message: str, call: Callable[[], Tensor
         call()
 
 
+def unchecked(function: Any) -> Callable[..., Any]:
+    """As it is outside of tests: without the run-time check of types and shapes."""
+    return function.__wrapped__
+
+
 def test_an_unknown_divergence_is_named() -> None:
-    unchecked = divergence_rewards.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]  (without the type check)
     with pytest.raises(ValueError, match="got 'hellinger'"):
-        unchecked(ONE, "hellinger")
+        unchecked(divergence_rewards)(ONE, "hellinger")
+
+
+TWO, THREE, TABLE = torch.ones(2), torch.ones(3), torch.ones(2, 3)
+MASK = torch.ones(2, 3, dtype=torch.bool)
+PAIR = torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("score_loser", lambda: unchecked(bradley_terry_logprob)(TWO, TABLE.T)),
+        ("mask", lambda: unchecked(plackett_luce_logprob)(TABLE, MASK[:1])),
+        ("margin", lambda: unchecked(reward_model_loss)(TABLE, margin=ONE)),
+        ("ref_logprobs", lambda: unchecked(implicit_rewards)(TWO, ONE, 1.0)),
+        ("ref_logps", lambda: unchecked(dpo_by_index)(TWO, ONE, PAIR, PAIR, 1.0)),
+        *(
+            ("rejected_log_ratios", partial(unchecked(loss), TWO, ONE, beta=1.0))
+            for loss in (dpo, ipo, hinge, discopop)
+        ),
+        ("rejected_log_ratios", lambda: unchecked(apo_down)(TWO, ONE, beta=1.0)),
+        *(
+            ("rejected_log_ratios", partial(unchecked(loss), TWO, ONE, beta=1.0, label_smoothing=0.1))
+            for loss in (conservative_dpo, robust_dpo, exo)
+        ),
+        ("chosen_mean_logprobs", lambda: unchecked(rpo)(TWO, TWO, ONE, beta=1.0, alpha=1.0)),
+        ("targets", lambda: unchecked(match_ranks)(TWO, THREE)),
+        ("mask", lambda: unchecked(wpo_weights)(TABLE, MASK[:1], TABLE)),
+        ("log_collision", lambda: unchecked(wpo_weights)(TABLE, MASK, TABLE[:1])),
+        ("shared_lengths", lambda: unchecked(length_desensitized_logprobs)(TABLE, MASK, PAIR[:1], alpha=0.5)),
+    ],
+)
+def test_shapes_that_differ_are_named(argument: str, call: Callable[[], Tensor]) -> None:
+    with pytest.raises(ValueError, match=f"{argument} has the shape"):
+        call()

@@ -175,6 +175,7 @@ def test_log_odds_are_exact_at_both_ends() -> None:
 
 ONE = torch.ones(1)
 BOTH = {"chosen_lengths": ONE, "rejected_lengths": ONE}
+LONGER = {"rejected_lengths": torch.ones(2)}
 
 
 @pytest.mark.parametrize(
@@ -190,4 +191,22 @@ BOTH = {"chosen_lengths": ONE, "rejected_lengths": ONE}
 )
 def test_settings_out_of_range_are_named(message: str, call: Callable[[], Tensor]) -> None:
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+def unchecked(function: Any) -> Callable[..., Tensor]:
+    """As it is outside of tests: without the run-time check of types and shapes."""
+    return function.__wrapped__
+
+
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("chosen_lengths", lambda: unchecked(cpo)(ONE, ONE, beta=1.0, chosen_lengths=torch.ones(2))),
+        ("rejected_lengths", lambda: unchecked(simpo)(ONE, ONE, beta=1.0, margin=0.0, **(BOTH | LONGER))),
+        ("rejected_lengths", lambda: unchecked(odds_ratio_loss)(ONE, ONE, **(BOTH | LONGER))),
+    ],
+)
+def test_shapes_that_differ_are_named(argument: str, call: Callable[[], Tensor]) -> None:
+    with pytest.raises(ValueError, match=f"{argument} has the shape"):
         call()

@@ -460,6 +460,7 @@ def length_desensitized_logprobs(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    require_same_shape(token_logprobs[..., 0], shared_lengths=shared_lengths)
     shared = mask & (mask.cumsum(-1) <= shared_lengths.unsqueeze(-1))
     return alpha * sequence_logprobs(token_logprobs, mask) + (1 - alpha) * sequence_logprobs(token_logprobs, shared)
 
