@@ -159,6 +159,7 @@ def data_fault(name: str, message: str, file: str, content: str | bytes, command
     fault(name, message)(lambda home: on(command, data=home.write(file, content)))
 
 
+GZIPPED = gzip.compress(b"{}", mtime=0)
 GOOD = '{"prompt": "1+1=", "chosen": "2", "rejected": "3"}\n'
 
 data_fault("a broken line", r"d\.jsonl:2: not valid JSON.*\n  → mend or remove", "d.jsonl", GOOD + '{"prompt": "1\n')
@@ -172,9 +173,7 @@ data_fault("a header alone", r"d\.csv: there are no rows", "d.csv", "prompt,comp
 data_fault("cells without a column", r"d\.csv:2: 3 cells under 2 columns", "d.csv", "prompt,completion\n1+1=,2,3\n")
 data_fault("two columns of one name", r"d\.csv:2?.*same name", "d.csv", "prompt,prompt\n1,2\n")
 data_fault("an open quote", r"d\.csv:\d+: not valid CSV", "d.csv", 'prompt,completion\n"1+1=,2\n')
-data_fault(
-    "a damaged .gz", r"d\.jsonl\.gz: the compressed file is damaged", "d.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-5]
-)
+data_fault("a damaged .gz", r"d\.jsonl\.gz: the compressed file is damaged", "d.jsonl.gz", GZIPPED[:-5])
 data_fault("a .gz that is none", r"d\.jsonl\.gz: the compressed file is damaged", "d.jsonl.gz", GOOD)
 data_fault("a damaged .zst", r"d\.jsonl\.zst: the compressed file is damaged", "d.jsonl.zst", b"(\xb5/\xfd junk")
 data_fault("a damaged Parquet file", r"d\.parquet: not a readable Parquet file", "d.parquet", b"PAR1 junk PAR1")
