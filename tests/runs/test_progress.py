@@ -47,6 +47,14 @@ def test_plain_lines_come_now_and_then_and_at_the_end(time):
     assert lines[-1] == "sft step 25/100 · loss 1.76 · 1,000 tok/s · 0:25 elapsed · 1:15 left"
 
 
+def test_several_steps_at_once(time):
+    plain = console(terminal=False)
+    with RunProgress(100, title="score", console=plain, seconds_between_lines=10) as progress:
+        time.now += 20
+        progress.step(num_steps=40, num_tokens=6000)
+    assert output(plain) == "score step 40/100 · 300 tok/s · 0:20 elapsed · 0:30 left\n"
+
+
 def test_the_last_line_is_not_told_twice(time):
     plain = console(terminal=False)
     with RunProgress(1, console=plain, seconds_between_lines=1) as progress:

@@ -99,8 +99,7 @@ def score_data(
             new = [line for line in scored if line["row"] > last]
             append(output, new)
             lines += new
-            for _ in part:
-                progress.step(num_tokens=num_tokens // len(part))
+            progress.step(num_steps=len(part), num_tokens=num_tokens)
     return Scored(path=output, metrics=score_metrics(lines), tables=score_tables(lines), report=report)
 
 

@@ -74,10 +74,10 @@ class RunProgress:
         elif not self.quiet and self._last_line_step != self.done:
             self._print_line()
 
-    def step(self, *, num_tokens: int = 0, metrics: Mapping[str, float] | None = None) -> None:
-        """One step is done: it processed ``num_tokens`` tokens and gave these ``metrics`` (shown until replaced)."""
+    def step(self, *, num_steps: int = 1, num_tokens: int = 0, metrics: Mapping[str, float] | None = None) -> None:
+        """One step is done, or several: ``num_tokens`` tokens, and these ``metrics`` (shown until replaced)."""
         now = time.monotonic()
-        self.done += 1
+        self.done += num_steps
         self._num_tokens += num_tokens
         self._metrics.update(metrics or {})
         self._recent.append((now, self._num_tokens))
