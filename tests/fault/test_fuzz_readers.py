@@ -56,6 +56,8 @@ JUNK = [
 ]
 JUNK += [b"[" * 2000, b"9" * 5000, b"PAR1", b"\x1f\x8b", b"(\xb5/\xfd", b"-1", b"null", b"\xe2\x80\xa8"]
 
+SECONDS = float(os.environ.get("TRUEUP_FUZZ_SECONDS", "60"))
+
 Damage = Callable[[bytes, np.random.Generator], bytes]
 
 
@@ -171,12 +173,12 @@ def test_damaged_files(kind: str, packing: str, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(SECONDS + 300)
 def test_damaged_files_for_a_long_time(tmp_path: Path):
     """Every kind in turn, with damage that no run before has seen. What fails is kept, and named."""
-    seconds = float(os.environ.get("TRUEUP_FUZZ_SECONDS", "60"))
     seed = time.time_ns()
     files = [(tmp_path / f"data{kind}{packing}", damaged_files(kind, packing, seed)) for kind, packing in KINDS]
-    deadline, count = time.monotonic() + seconds, 0
+    deadline, count = time.monotonic() + SECONDS, 0
     while time.monotonic() < deadline:
         for path, contents in files:
             try:
@@ -184,4 +186,4 @@ def test_damaged_files_for_a_long_time(tmp_path: Path):
             except BaseException as error:
                 raise AssertionError(f"file {count} of seed {seed}, kept as {path}") from error
             count += 1
-    print(f"{count:,} files in {seconds:.0f} s, seed {seed}")
+    print(f"{count:,} files in {SECONDS:.0f} s, seed {seed}")

@@ -116,7 +116,7 @@ from trueup.runs.lock import FolderLock
 
 folder, held = Path(sys.argv[1]), 0
 deadline = time.monotonic() + 20
-while held < 300 and time.monotonic() < deadline:
+while held < 60 and time.monotonic() < deadline:
     try:
         lock = FolderLock.acquire(folder)
     except CheckpointError:
