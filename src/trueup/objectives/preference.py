@@ -392,7 +392,7 @@ def match_ranks(values: Float[Tensor, " n"], targets: Float[Tensor, " n"]) -> Fl
     Source: Melnyk et al. 2024 (arXiv 2406.05882).
     """
     require_same_shape(values, targets=targets)
-    ranks = values.detach().argsort(stable=True).argsort()
+    ranks = values.argsort(stable=True).argsort()
     return targets.detach().sort().values[ranks]
 
 
