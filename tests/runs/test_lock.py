@@ -115,11 +115,12 @@ from trueup.errors import CheckpointError
 from trueup.runs.lock import FolderLock
 
 folder, held = Path(sys.argv[1]), 0
-deadline = time.monotonic() + 20
+deadline = time.monotonic() + 5
 while held < 60 and time.monotonic() < deadline:
     try:
         lock = FolderLock.acquire(folder)
     except CheckpointError:
+        time.sleep(0.0005)
         continue
     (folder / "inside").mkdir()
     (folder / "inside").rmdir()
