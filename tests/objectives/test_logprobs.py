@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -88,11 +89,12 @@ def pull(found: TokenStatistics) -> Tensor:
     return total
 
 
-def assert_close(found: TokenStatistics, expected: TokenStatistics, **tolerance: float) -> None:
+def assert_close(found: TokenStatistics, expected: TokenStatistics, *, rtol: float, atol: float) -> None:
     for name, value, true in zip(TokenStatistics._fields, found, expected, strict=True):
         assert (value is None) == (true is None), name
         if value is not None and true is not None:
-            torch.testing.assert_close(value.double(), true.double(), **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            message = partial("{}: {}".format, name)
+            torch.testing.assert_close(value.double(), true.double(), rtol=rtol, atol=atol, msg=message)
 
 
 # --- token, entropy, sequence ------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ MARKED = (
 
 @pytest.mark.parametrize("rows", [ROWS, TALKS, [{"text": "1+1=2"}, {"text": "2+2=4"}]], ids=["rows", "talks", "text"])
 def test_all_tokens_are_trained_but_the_first(tiny_model: str, tmp_path: Path, rows: Any) -> None:
-    settings = {"chat_template": MARKED} if rows is TALKS else {}
+    settings: dict[str, Any] = {"chat_template": MARKED} if rows is TALKS else {}
     tokenizer: Any = load_tokenizer(tiny_model)
     groups, _ = load_groups(rows, tokenizer, task="sft", settings=TokenizeSettings(**settings))
     lines = train(tiny_model, tmp_path / "all", rows, train_on="all", eval_data=rows, **settings)
