@@ -40,6 +40,10 @@ COLUMNS = [
         "input",
         "output",
         "completions",
+        "steps",
+        "labels",
+        "ratings",
+        "label",
         "scores",
         "ranks",
         "margin",
@@ -98,7 +102,7 @@ def test_written_and_read_is_the_same(tmp_path: Path, records: list[Any]) -> Non
 
 
 @settings(max_examples=300, deadline=None)
-@given(row=ROW, data_format=st.sampled_from(["auto", *FORMATS]), task=st.sampled_from(["sft", "preference"]))
+@given(row=ROW, data_format=st.sampled_from(["auto", *FORMATS]), task=st.sampled_from(["sft", "preference", "process"]))
 def test_any_row_is_read_dropped_or_refused(row: dict[str, Any], data_format: str, task: Any) -> None:
     report = ReadReport()
     refused = None
@@ -113,7 +117,8 @@ def test_any_row_is_read_dropped_or_refused(row: dict[str, Any], data_format: st
     assert report.num_rows == 1
     assert len(examples) == report.num_kept == 1 - sum(report.dropped.values())
     for found in examples:
-        assert len(found.completions) >= (1 if task == "sft" else 2)
+        assert len(found.completions) >= (2 if task == "preference" and found.desirable is None else 1)
+        assert (found.steps is None) == (task != "process")
         assert len({isinstance(text, str) for text in (found.prompt, *found.completions)}) == 1
         assert all(text not in found.completions[:index] for index, text in enumerate(found.completions))
 
@@ -170,6 +175,6 @@ def test_tokens_obey_the_limits(
 
 @pytest.mark.slow
 @settings(max_examples=5000, deadline=None)
-@given(row=ROW, data_format=st.sampled_from(["auto", *FORMATS]), task=st.sampled_from(["sft", "preference"]))
+@given(row=ROW, data_format=st.sampled_from(["auto", *FORMATS]), task=st.sampled_from(["sft", "preference", "process"]))
 def test_many_rows(row: dict[str, Any], data_format: str, task: Any) -> None:
     test_any_row_is_read_dropped_or_refused.hypothesis.inner_test(row, data_format, task)  # type: ignore[attr-defined]

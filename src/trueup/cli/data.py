@@ -22,8 +22,8 @@ class CheckSettings:
     """Files (JSONL, JSON, CSV, Parquet; .gz and .zst too), globs, or hf:NAME."""
     tokenizer: Annotated[str | None, tyro.conf.arg(aliases=["--model"])] = None
     """Model or folder whose tokenizer and chat template to use: lengths in tokens, examples token for token."""
-    task: Literal["auto", "sft", "preference"] = "auto"
-    """Read the rows as demonstrations or as preferences; auto takes what they look like."""
+    task: Literal["auto", "sft", "preference", "process"] = "auto"
+    """Read the rows as demonstrations, as preferences or as labelled steps; auto takes what they look like."""
     data_format: str = "auto"
     """Row format; auto looks at the first rows."""
     num_examples: int = 3
@@ -46,6 +46,8 @@ class CheckSettings:
     """Put plain prompts and completions into chat turns, so that the chat template applies."""
     special_tokens_in_text: Literal["plain", "token"] = "plain"
     """What '<|im_end|>' and the like are inside data: plain text, or the token itself."""
+    step_separator: str = "\n"
+    """What stands between the steps of an answer that is labelled step by step."""
 
     def __post_init__(self) -> None:
         check_used(self, self.task == "sft", "--task sft", "train_on")
@@ -78,6 +80,7 @@ def check(settings: CheckSettings) -> None:
             chat_template=settings.chat_template,
             wrap_text=settings.wrap_text,
             special_tokens_in_text=settings.special_tokens_in_text,
+            step_separator=settings.step_separator,
         ),
         train_on=settings.train_on,
         num_examples=settings.num_examples,

@@ -67,7 +67,7 @@ def load_reward_model(
         raise ModelError(
             f"is a reward model that scores each {trained}, not each {scores_each}",
             where=loaded.name,
-            way_out=f"{'add' if trained == 'step' else 'leave out'} --process, or start from a causal language model",
+            way_out="trueup reward --process goes on with models that score steps, all else takes the others",
         )
     loaded.model.config.scores_each = scores_each  # pyright: ignore[reportAttributeAccessIssue]
     return loaded
