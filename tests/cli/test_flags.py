@@ -52,13 +52,15 @@ def test_help_explains_every_flag(name, capsys, monkeypatch):
     assert raised.value.code == 0
     out = capsys.readouterr().out
     command = COMMANDS[name]
+    blocks = re.split(r"^\W{0,3}(?=--\w)", out, flags=re.MULTILINE)[1:]
     for field in fields(getattr(import_module(command.module), command.settings)):
         if "Positional" in str(field.type):
             assert "positional arguments" in out
             continue
-        flag = re.escape("--" + field.name.replace("_", "-"))
-        # the flag, then its help, a sentence, on the same line or the next
-        assert re.search(rf"{flag}(?![\w-])[^\n]*(\n[^\n]*)?[\w)?'.]\.? \((default: .*|required)\)", out), field.name
+        flag = "--" + field.name.replace("_", "-")
+        (block,) = (block for block in blocks if re.match(rf"(--[^,\n]+, )?{flag}(?![\w-])", block))
+        # its help is a sentence, then comes the default, which may itself have several lines
+        assert re.search(r"[\w)?'.]\.? \((default: .*|required)\)", block, re.DOTALL), field.name
 
 
 if __name__ == "__main__":
