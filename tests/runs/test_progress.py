@@ -123,6 +123,9 @@ def test_an_evaluation_has_its_own_line_and_no_part_in_the_time_left(time):
             progress.step(num_tokens=30)
         assert progress.seconds_left == pytest.approx(8 * 3)
         assert progress.tokens_per_second == pytest.approx(10)
+        for _ in progress.aside(range(1), "evaluation"):
+            time.now += 1
+        assert progress.tokens_per_second == pytest.approx(10)
     lines = output(plain).splitlines()
     assert lines[0] == "evaluation 1/4 · 1:40 elapsed · 5:00 left"
     assert lines[3] == "evaluation 4/4 · 6:40 elapsed · 0:00 left"

@@ -106,9 +106,10 @@ class RunProgress:
         finally:
             if self._bar and task is not None:
                 self._bar.remove_task(task)
-            self._seconds_aside += time.monotonic() - began
+            spent = time.monotonic() - began
+            self._seconds_aside += spent
             # The tokens of steps before and after are not to be divided by the time between them.
-            self._recent = deque([(time.monotonic(), self._num_tokens)])
+            self._recent = deque((at + spent, tokens) for at, tokens in self._recent)
 
     def say(self, text: str) -> None:
         """Print a line of its own, above the bar where there is one; nothing when quiet."""
