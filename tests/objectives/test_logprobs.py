@@ -353,8 +353,9 @@ def test_no_gradient_at_all() -> None:
 def test_half_precision_against_float32_truth(dtype: torch.dtype) -> None:
     """The truth: float64 on the same rounded inputs. Tolerances: what rounding logits of this size in that type costs.
 
-    bfloat16 has 8 bits: products of about 3 are off by up to 2⁻⁷ each where the machine multiplies in bfloat16, and
-    gradients by 2⁻⁸ of the largest. Softmax and sums in bfloat16 would be ten times worse than these bounds.
+    bfloat16 has 8 bits: products of about 3 are off by up to 2⁻⁷ each where the machine multiplies in bfloat16, twice
+    that in the collision of two draws, and gradients by 2⁻⁸ of the largest. Softmax and sums in bfloat16 would be far
+    beyond these bounds.
     """
     h = head(num_tokens=40, dim=16, vocab=500, dtype=dtype)
     hidden, weight = (h.hidden.detach() / 2).requires_grad_(), (h.weight.detach() / 2).requires_grad_()
@@ -362,7 +363,7 @@ def test_half_precision_against_float32_truth(dtype: torch.dtype) -> None:
     assert {each.dtype for each in found if each is not None} == {torch.float32}
     expected = materialized(hidden, weight, h.targets)
     rounding = torch.finfo(dtype).eps
-    assert_close(found, expected, rtol=0, atol=2 * rounding)
+    assert_close(found, expected, rtol=0, atol=4 * rounding)
     gradients = torch.autograd.grad(pull(found), [hidden, weight])
     truth = torch.autograd.grad(pull(expected), [hidden, weight])
     for gradient, true in zip(gradients, truth, strict=True):

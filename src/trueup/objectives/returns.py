@@ -51,7 +51,9 @@ def next_values(
     Raises ``ValueError`` if the shapes differ.
     """
     require_same_shape(values, mask=mask)
-    end = values.new_zeros(values.shape[:-1]) if bootstrap is None else bootstrap
+    nothing = values.new_zeros(values.shape[:-1])
+    require_same_shape(nothing, bootstrap=bootstrap)
+    end = nothing if bootstrap is None else bootstrap
     shifted = torch.cat([values, end.unsqueeze(-1)], -1).gather(-1, _following(values, mask))
     return fill_masked(shifted, mask)
 
