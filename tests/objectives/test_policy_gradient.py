@@ -91,6 +91,9 @@ def test_clipped_marks_exactly_the_steps_without_gradient() -> None:
     marked = clipped(ratios, advantages, **DAPO)
     assert torch.equal(gradient(clipped_surrogate(ratios, advantages, **DAPO), ratios) == 0, marked)
     assert 0 < marked.sum() < 200
+    # at the edge there is a gradient, and an advantage of 0 has none to lose
+    assert not clipped(t(1.25, 0.75, 2.0, 0.5), t(1, -1, 0, 0), clip_low=0.25, clip_high=0.25).any()
+    assert clipped(t(1.26, 0.74), t(1, -1), clip_low=0.25, clip_high=0.25).all()
 
 
 def test_kl_penalised_golden() -> None:
@@ -107,6 +110,7 @@ def test_cispo_golden() -> None:
 
 def test_adapt_kl_penalty_golden() -> None:
     assert [adapt_kl_penalty(1.0, kl, 0.3) for kl in (0.19, 0.21, 0.3, 0.44, 0.46)] == [0.5, 1, 1, 1, 2]
+    assert [adapt_kl_penalty(1.0, kl, 1.5) for kl in (1.0, 2.25)] == [1, 1]
 
 
 def test_adapt_kl_leash_golden() -> None:
@@ -380,6 +384,8 @@ def test_refusals() -> None:
         dual_clipped_surrogate(t(1), t(1), **PPO, clip_ratio=1.1)
     with pytest.raises(ValueError, match="clip_low"):
         cispo(t(0), t(1), t(1), clip_high=-0.5)
+    with pytest.raises(ValueError, match="clip_low"):
+        cispo(t(0), t(1), t(1), clip_high=0.5, clip_low=1.5)
     for adapt in (adapt_kl_penalty, adapt_kl_leash):
         with pytest.raises(ValueError, match="target"):
             adapt(0.1, 0.5, 0.0)

@@ -211,6 +211,14 @@ def test_padding_changes_nothing(name: str) -> None:
     torch.testing.assert_close(AGGREGATIONS[name](padded, mask), AGGREGATIONS[name](scores), rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_a_row_has_the_score_that_it_has_alone(name: str) -> None:
+    scores, lengths = random_scores(3, 4), (4, 1, 2)
+    alone = torch.stack([AGGREGATIONS[name](row[:length]) for row, length in zip(scores, lengths, strict=True)])
+    together = AGGREGATIONS[name](scores, torch.arange(4) < torch.tensor(lengths)[:, None])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-15)
+
+
 def test_steps_and_rows_are_judged_one_by_one() -> None:
     scores, labels = random_scores(4, 3), random_labels(4, 3)
     order = torch.tensor([2, 0, 3, 1])

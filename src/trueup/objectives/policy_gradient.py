@@ -214,8 +214,9 @@ def cispo(
     Source: MiniMax 2025 (MiniMax-M1, arXiv 2506.13585).
     """
     require_same_shape(logprobs, ratio=ratio, advantages=advantages)
-    _clip_range(1.0 if clip_low is None else clip_low, clip_high)
-    weight = ratio.detach().clamp(0.0 if clip_low is None else 1 - clip_low, 1 + clip_high)
+    low = 1.0 if clip_low is None else clip_low
+    _clip_range(low, clip_high)
+    weight = ratio.detach().clamp(1 - low, 1 + clip_high)
     return weight * reinforce(logprobs, advantages)
 
 
