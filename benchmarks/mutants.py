@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import gc
 import itertools
 import os
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 import libcst
 import mutmut.__main__ as mutmut
 import pytest
+import torch
 from libcst import matchers
 from mutmut.configuration import config
 from mutmut.mutation import trampoline
@@ -103,6 +105,9 @@ class Collected(TestRunner):
     def __init__(self, session: pytest.Session) -> None:
         self.session = session
         self.items = {item.nodeid: item for item in session.items}
+        # Its first call imports half of torch's distributed tensors, which every fork would do again.
+        torch.testing.assert_close(torch.ones(1), torch.ones(1))
+        gc.freeze()
 
     def run_tests(self, *, mutant_name: str | None, tests: Iterable[str]) -> int:
         items = [self.items[test] for test in tests]
@@ -125,7 +130,7 @@ def collect_once_and_run_fast_tests_first() -> None:
                 return True
 
         with Path(os.devnull).open("w") as sys.stdout, change_cwd("mutants"):
-            arguments = ["-x", *config().pytest_add_cli_args, *config().pytest_add_cli_args_test_selection]
+            arguments = ["-x", "--tb=no", *config().pytest_add_cli_args, *config().pytest_add_cli_args_test_selection]
             pytest.main(arguments, plugins=[Serve()])
 
     def submit_sorted(self: ForkServerRunner, mutant: str, tests: list[str], *limits: float) -> None:
