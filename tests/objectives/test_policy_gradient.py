@@ -75,6 +75,8 @@ def test_clipped_surrogate_golden() -> None:
     torch.testing.assert_close(-clipped_surrogate(RATIOS, up, **DAPO), t(0.5, 0.9, 1.25, 1.28, 1.28))
     torch.testing.assert_close(clipped_surrogate(RATIOS, down, **DAPO), t(0.8, 0.9, 1.25, 1.5, 5.0))
     torch.testing.assert_close(-clipped_surrogate(RATIOS, up, **PPO), t(0.5, 0.9, 1.2, 1.2, 1.2))
+    nowhere_to_go = clipped_surrogate(RATIOS, up, clip_low=0.0, clip_high=0.0)
+    torch.testing.assert_close(-nowhere_to_go, t(0.5, 0.9, 1, 1, 1))
 
 
 def test_dual_clip_golden() -> None:
@@ -145,6 +147,7 @@ def test_constants_get_no_gradient() -> None:
     weights = ratio(logprobs, old)
     loss = (
         clipped_surrogate(weights, advantages, **PPO)
+        + dual_clipped_surrogate(weights, advantages, **PPO, clip_ratio=1.5)
         + reinforce(logprobs, advantages)
         + cispo(logprobs, weights, advantages, clip_high=0.2)
         + reinforce_discounted(logprobs, advantages, old)
@@ -380,8 +383,9 @@ def test_refusals() -> None:
             clipped_surrogate(t(1), t(1), clip_low=low, clip_high=high)
         with pytest.raises(ValueError, match="clip_low"):
             clipped(t(1), t(1), clip_low=low, clip_high=high)
-    with pytest.raises(ValueError, match="clip_ratio"):
-        dual_clipped_surrogate(t(1), t(1), **PPO, clip_ratio=1.1)
+    for too_low in (1.1, 1.2):
+        with pytest.raises(ValueError, match="clip_ratio"):
+            dual_clipped_surrogate(t(1), t(1), **PPO, clip_ratio=too_low)
     with pytest.raises(ValueError, match="clip_low"):
         cispo(t(0), t(1), t(1), clip_high=-0.5)
     with pytest.raises(ValueError, match="clip_low"):

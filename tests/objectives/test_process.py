@@ -212,11 +212,10 @@ def test_padding_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
-def test_a_row_has_the_score_that_it_has_alone(name: str) -> None:
-    scores, lengths = random_scores(3, 4), (4, 1, 2)
-    alone = torch.stack([AGGREGATIONS[name](row[:length]) for row, length in zip(scores, lengths, strict=True)])
-    together = AGGREGATIONS[name](scores, torch.arange(4) < torch.tensor(lengths)[:, None])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-15)
+def test_a_row_without_steps_leaves_the_others_alone(name: str) -> None:
+    scores, mask = random_scores(3, 4), torch.arange(4) < torch.tensor([[4], [0], [2]])
+    alone = torch.stack([AGGREGATIONS[name](*row) for row in zip(scores, mask, strict=True)])
+    torch.testing.assert_close(AGGREGATIONS[name](scores, mask), alone, rtol=0, atol=1e-15, equal_nan=True)
 
 
 def test_steps_and_rows_are_judged_one_by_one() -> None:

@@ -217,3 +217,5 @@ def test_refusals() -> None:
         lambda_returns(REWARDS, HALF, NEXT_VALUES, lambda_=1.5)
     with pytest.raises(ValueError, match="gamma"):
         discounts_from(b(0), -0.1)
+    with pytest.raises(ValueError, match=r"^gamma"):
+        elapsed_discounts(b(0), 1.1)

@@ -126,7 +126,7 @@ def n_step_returns(
     """
     if num_steps < 1:
         raise ValueError(f"num_steps has to be at least 1, not {num_steps}")
-    require_same_shape(rewards, discounts=discounts, next_values=next_values, truncated=truncated, mask=mask)
+    require_same_shape(rewards, discounts=discounts, next_values=next_values, truncated=truncated)
     one_step = rewards + discounts * next_values
     cut = _cut(rewards, truncated, mask)
     # A cut step doesn't look at the step after it, so any index will do there.
@@ -159,7 +159,7 @@ def elapsed_discounts(
     number = steps.cumsum(-1) - 1
     begun_next = torch.where(ended & steps, number + 1, 0).cummax(-1).values
     age = number - torch.nn.functional.pad(begun_next[..., :-1], (1, 0))
-    weights = torch.tensor(gamma, dtype=dtype or torch.get_default_dtype(), device=ended.device) ** age
+    weights = torch.full_like(age, gamma, dtype=dtype or torch.get_default_dtype()) ** age
     return fill_masked(weights, mask)
 
 
