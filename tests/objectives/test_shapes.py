@@ -240,3 +240,37 @@ def test_one_entry_is_enough(function: Callable, arguments: dict) -> None:
     function(
         **rows(arguments, lambda x: x[..., 1:2] if x.ndim == 2 else x.clamp(max=0) if x.dtype == torch.long else x)
     )
+
+
+TARGETS = [
+    *(returns.discounted_returns, returns.lambda_returns, returns.n_step_returns, advantages.td_errors, advantages.gae),
+]
+"""Constants to whoever calls: nobody takes a gradient through a discount."""
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [pytest.param(*call, id=call[0].__name__) for call in CALLS if "mask" in call[1]],
+)
+def test_what_is_masked_can_t_leak(function: Callable, arguments: dict) -> None:
+    """Into the result, or into its gradient."""
+
+    def outcome(filling: float) -> list[Tensor]:
+        given = {
+            name: argument.masked_fill(~MASK, filling).requires_grad_(function not in TARGETS)
+            if isinstance(argument, Tensor) and argument.shape == MASK.shape and argument.is_floating_point()
+            else argument
+            for name, argument in arguments.items()
+        }
+        result = function(**given)
+        results = result if isinstance(result, tuple) else (result,)
+        differentiable = [each for each in results if each.requires_grad]
+        leaves = [x for x in given.values() if isinstance(x, Tensor) and x.requires_grad]
+        if not differentiable:
+            return list(results)
+        weighed = sum((each * torch.arange(1, 1 + each.numel()).view(each.shape)).sum() for each in differentiable)
+        gradients = torch.autograd.grad(weighed, leaves, allow_unused=True)
+        return [*results, *(gradient for gradient in gradients if gradient is not None)]
+
+    for clean, spoilt in zip(outcome(0.5), outcome(math.nan), strict=True):
+        assert torch.equal(clean, spoilt)

@@ -207,7 +207,7 @@ def whiten(
     proximal policy optimization"); REINFORCE++ (Hu 2025, arXiv 2501.03262).
     """
     _, mean, variance = statistics_of(x, mask) if statistics is None else statistics
-    y = (x - mean) / (variance.sqrt() + eps)
+    y = (fill_masked(x, mask) - mean) / (variance.sqrt() + eps)
     if not center:
         y = y + mean
     return fill_masked(y, mask)

@@ -75,7 +75,8 @@ def sequence_ratio_per_token(
     """
     value = sequence_ratio(logprobs, old_logprobs, mask).detach().unsqueeze(-1)
     # exp(x − sg[x]) is 1 and has the gradient of x.
-    per_token = value * (logprobs - logprobs.detach()).exp()
+    scored = fill_masked(logprobs, mask)
+    per_token = value * (scored - scored.detach()).exp()
     return fill_masked(per_token, mask, 1.0)
 
 
