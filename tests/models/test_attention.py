@@ -44,7 +44,7 @@ def test_parts_hold_every_visible_pair_exactly_once(make_groups, monkeypatch, wi
     batch = tree_batch(make_groups(SHAPES))
     count = torch.zeros(len(batch.tokens), len(batch.tokens), dtype=torch.int64)
     written = torch.zeros(len(batch.tokens), dtype=torch.bool)
-    for part in attention_parts(batch.layout, window, torch.float64):
+    for part in (part for _, parts in attention_parts(batch.layout, window, torch.float64) for part in parts):
         block = torch.ones(count[part.queries, part.keys].shape, dtype=torch.bool)
         if part.causal:
             block = block.tril()
@@ -132,13 +132,38 @@ def test_flex_attention_over_the_predicate(batch, monkeypatch, window, softcap) 
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
 
-def test_half_precision_is_computed_in_float32(batch) -> None:
-    """Then only the inputs and the result are rounded: to 2^-9 of their size."""
-    half = [x.detach().bfloat16() for x in tensors(batch)]
+@pytest.mark.parametrize("native", [False, True])
+def test_half_precision_rounds_inputs_and_results(batch, monkeypatch, native) -> None:
+    """On a CPU without products for it, only the inputs and the result are rounded, to 2^-9 of their size. With them,
+    the weights are too, and what the backward pass starts from is the rounded output."""
+    monkeypatch.setattr(attention, "cpu_multiplies", lambda dtype: native)
+    half = [x.detach().bfloat16().requires_grad_() for x in tensors(batch)]
+    wide = [x.detach().float().requires_grad_() for x in half]
     found = attention_by_parts(*half, batch.layout, scaling=0.4)
-    expected = attention_by_parts(*(x.float() for x in half), batch.layout, scaling=0.4)
+    expected = attention_by_parts(*wide, batch.layout, scaling=0.4)
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=0)
+    if not native:
+        torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=0)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    pairs = [(found, expected)]
+    grads = torch.autograd.grad(found, half, weights), torch.autograd.grad(expected, wide, weights.float())
+    pairs += zip(*grads, strict=True)
+    for mine, true in pairs:
+        assert (mine.float() - true).norm() < 2**-8 * true.norm()
+
+
+@pytest.mark.parametrize("kernel", [attention_by_parts, dense_tree_attention])
+def test_padding_behind_the_stream_changes_nothing(batch, kernel) -> None:
+    """It sees nothing, nothing sees it, and whatever stands there, no gradient comes of it."""
+    inputs, length = tensors(batch), len(batch.tokens)
+    padded = [torch.cat([x, torch.full_like(x[:, :, :5], 1e3)], 2).detach().requires_grad_() for x in inputs]
+    found, expected = (kernel(*each, batch.layout, scaling=0.4) for each in (padded, inputs))
+    torch.testing.assert_close(found[:, :, :length], expected, rtol=0, atol=0)
+    assert not found[:, :, length:].any()
+    grads = torch.autograd.grad(found.sum(), padded), torch.autograd.grad(expected.sum(), inputs)
+    for mine, true in zip(*grads, strict=True):
+        torch.testing.assert_close(mine[:, :, :length], true, rtol=0, atol=0)
+        assert not mine[:, :, length:].any()
 
 
 def test_gradient_is_the_same_to_the_bit_on_two_threads(batch) -> None:

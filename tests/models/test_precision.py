@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from trueup.errors import CheckpointError
-from trueup.models.precision import MasterWeights
+from trueup.models.precision import MasterWeights, gradient_sum
+from trueup.objectives.logprobs import linear_logprobs
 
 STEPS, LEARNING_RATE = 60, 2e-5
 
@@ -135,3 +136,61 @@ def test_close_takes_the_hooks_off():
     backward(model, 0, torch.bfloat16)
     assert all(p.grad is not None for p in model.parameters())
     assert all(master.grad is None for master in weights.parameters)
+
+
+class Tied(nn.Module):
+    """An embedding whose weights are those of the head, as language models have it; entry 3 is padding."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.middle = nn.Embedding(11, 6, padding_idx=3), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embedding.weight
+        self.to(dtype)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.middle(self.embedding(tokens)).tanh().flatten(0, -2)
+        return linear_logprobs(hidden, self.head.weight, tokens.flatten(), weight_grad=gradient_sum(self.head)).logprobs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gradients_of_the_vocabulary_are_summed_in_place(dtype) -> None:
+    """Over micro-batches, repeated and padding tokens inside, they are autograd's own; a cleared sum starts anew."""
+    parts = torch.tensor([[[1, 2, 3], [2, 2, 0]], [[7, 3, 2], [10, 5, 7]]])
+    plain, summed = Tied(dtype), Tied(dtype)
+    masters = MasterWeights(summed.parameters(), [summed.embedding, summed.head])
+    for _ in range(2):
+        masters.clear_gradients()
+        for part in parts:
+            summed(part).sum().backward()
+    for part in parts:
+        plain(part).sum().backward()
+    found = dict(zip((name for name, _ in summed.named_parameters()), masters.parameters, strict=True))
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-6}[dtype]
+    for name, parameter in plain.named_parameters():
+        assert found[name].grad.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+        torch.testing.assert_close(
+            found[name].grad,
+            parameter.grad.to(found[name].dtype),
+            rtol=0,
+            atol=tolerance * float(parameter.grad.abs().max()),
+        )
+
+
+def test_nothing_stays_on_the_model_after_closing() -> None:
+    model = Tied(torch.float32)
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    masters = MasterWeights(model.parameters(), [model.embedding, model.head])
+    assert gradient_sum(model.head) is gradient_sum(model.embedding) is model.head.weight.grad
+    masters.close()
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert not model.embedding._forward_hooks
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_frozen_vocabulary_has_no_sum() -> None:
+    model = Tied(torch.float32)
+    model.embedding.weight.requires_grad_(False)
+    MasterWeights(model.parameters(), [model.embedding, model.head])
+    assert gradient_sum(model.head) is None

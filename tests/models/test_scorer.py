@@ -15,7 +15,8 @@ from trueup.errors import ModelError
 from trueup.models import attention
 from trueup.models import scorer as scorer_module
 from trueup.models.adapters import add_lora
-from trueup.models.scorer import CHECK_LIMITS, Scorer, prepare_reward_scorer, prepare_scorer
+from trueup.models.precision import MasterWeights
+from trueup.models.scorer import CHECK_LIMITS, Scorer, prepare_reward_scorer, prepare_scorer, vocabulary_layers
 from trueup.models.tree import TreeBatch, tree_batch
 from trueup.objectives.logprobs import TokenStatistics
 
@@ -409,3 +410,41 @@ def test_reward_model_with_lora_and_trained_head(tiny_model, batch) -> None:
     found = scorer(batch)
     torch.testing.assert_close(found, expected, rtol=0, atol=3e-5)
     assert_close(gradients(model, found), gradients(model, expected))
+
+
+# --- what makes it fast leaves the numbers as they are
+
+
+def test_padding_the_stream_changes_nothing(tiny_model, batch, monkeypatch) -> None:
+    scorer = prepare_scorer(tiny_model("llama"))
+    expected = scorer(batch).logprobs
+    expected_gradients = gradients(scorer, expected)
+    monkeypatch.setattr(scorer_module, "grid_padding", lambda length, like: 7)
+    found = scorer(batch).logprobs
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert_close(gradients(scorer, found), expected_gradients)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt"])
+@pytest.mark.parametrize("path", ["tree", "padded"])
+def test_vocabulary_gradients_in_place_are_those_of_autograd(tiny_model, batch, family, path) -> None:
+    """Tied or not, scaled embeddings or not: with layers that take part and with ones that don't."""
+    scorer = prepare_scorer(tiny_model(family))
+    scorer.path = path
+    weights = torch.randn(len(batch.targets), generator=torch.Generator().manual_seed(1))
+    expected = gradients(scorer, scorer(batch).logprobs)
+    named = dict(scorer.named_parameters())
+    masters = MasterWeights(named.values(), vocabulary_layers(scorer))
+    (scorer(batch).logprobs * weights).sum().backward()
+    found = {name: parameter.grad.clone() for name, parameter in named.items() if parameter.grad is not None}
+    masters.close()
+    assert_close(found, expected)
+
+
+def test_layers_of_the_vocabulary(tiny_model) -> None:
+    scorer = prepare_scorer(tiny_model("llama"))
+    model = scorer.model
+    assert vocabulary_layers(scorer) == [model.get_input_embeddings(), model.lm_head]
+    assert vocabulary_layers(model) == []
+    with_head = prepare_scorer(with_lora(tiny_model("llama"), target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    assert vocabulary_layers(with_head) == [with_head.model.get_base_model().get_input_embeddings()]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trueup.objectives import logprobs as logprobs_module
 from trueup.objectives.logprobs import (
     TokenStatistics,
     entropy,
@@ -493,6 +494,49 @@ def test_settings_out_of_range_are_named(message: str, options: dict[str, Any]) 
     h = head()
     with pytest.raises(ValueError, match=message):
         linear_logprobs(h.hidden, h.weight, h.targets, **options)
+
+
+@pytest.mark.parametrize("want", WANTS)
+def test_a_given_sum_takes_the_weights_gradient_of_every_call(want) -> None:
+    """Two calls add up; autograd is handed none of it; the other gradients are what they were."""
+    h, total = head(), torch.zeros(23, 6, dtype=torch.float64)
+
+    def gradients(part: slice, weight_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = linear_logprobs(
+            h.hidden[part], h.weight, h.targets[part], bias=h.bias, want=want, weight_grad=weight_grad, **SMALL_TILES
+        )
+        loss = sum(each.square().sum() for each in found if each is not None and each.requires_grad)
+        return torch.autograd.grad(loss, h.inputs, allow_unused=True)
+
+    parts = slice(0, 4), slice(4, 10)
+    plain, summed = ([gradients(part, each) for part in parts] for each in (None, total))
+    assert all(weight is None for _, weight, _ in summed)
+    torch.testing.assert_close(total, plain[0][1] + plain[1][1], rtol=0, atol=1e-14)
+    for mine, true in zip(summed, plain, strict=True):
+        assert torch.equal(mine[0], true[0])
+        assert torch.equal(mine[2], true[2])
+
+
+def test_a_sum_of_another_kind_is_named() -> None:
+    h = head()
+    with pytest.raises(ValueError, match=r"weight_grad is torch.float32, and sums of torch.float64 are torch.float64"):
+        linear_logprobs(h.hidden, h.weight, h.targets, weight_grad=torch.zeros(23, 6))
+
+
+@pytest.mark.parametrize("want", WANTS)
+def test_padding_to_a_size_changes_nothing(monkeypatch, want) -> None:
+    def results() -> list[Tensor]:
+        h = head()
+        found = linear_logprobs(h.hidden, h.weight, h.targets, bias=h.bias, want=want, **SMALL_TILES)
+        values = [each for each in found if each is not None]
+        loss = sum(each.square().sum() for each in values if each.requires_grad)
+        return [*values, *torch.autograd.grad(loss, h.inputs)]
+
+    expected = results()
+    monkeypatch.setattr(logprobs_module, "grid_padding", lambda length, like: 5)
+    for mine, true in zip(results(), expected, strict=True):
+        assert len(mine) == len(true)
+        torch.testing.assert_close(mine, true, rtol=0, atol=1e-13)
 
 
 def test_mistaken_inputs_are_named() -> None:

@@ -8,7 +8,8 @@ registered here with transformers' ``AttentionInterface``. Three kernels compute
 - ``attention_by_parts`` on the CPU: no padding, no copy of a key, no [T, T] mask;
 - ``flex_tree_attention`` on CUDA.
 
-Shapes: query [1, H, T, D], key and value [1, H_kv, T, D] → [1, H, T, D]; H is a multiple of H_kv.
+Shapes: query [1, H, T, D], key and value [1, H_kv, T, D] → [1, H, T, D]; H is a multiple of H_kv. The first two take a
+stream that goes on behind the layout's end, with padding: nothing looks at it, and its own attention is 0.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from trueup.models.tree import GroupSpan, TreeLayout
+from trueup.objectives.products import cpu_multiplies
 
 TREE_ATTENTION = "trueup_tree"
 """The name of the attention implementation: ``model.config._attn_implementation``."""
@@ -68,11 +70,11 @@ def dense_tree_attention(query: Tensor, key: Tensor, value: Tensor, layout: Tree
     """``dense_attention`` group by group: [T, T] never exists. Options are its keywords and ``window``."""
     window = options.pop("window", None)
     places = [slice(span.start, span.stop) for span in layout.spans]
-    sizes = [place.stop - place.start for place in places]
-    blocks = zip(places, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
-    return torch.cat(
-        [dense_attention(q, k, v, layout.mask(window, place, place), **options) for place, q, k, v in blocks], dim=2
-    )
+    padding = query.shape[2] - places[-1].stop
+    sizes = [*(place.stop - place.start for place in places), padding]
+    blocks = zip(places, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=False)
+    outs = [dense_attention(q, k, v, layout.mask(window, place, place), **options) for place, q, k, v in blocks]
+    return nn.functional.pad(torch.cat(outs, dim=2), (0, 0, 0, padding))
 
 
 class Part(NamedTuple):
@@ -84,23 +86,29 @@ class Part(NamedTuple):
     bias: Tensor | None = None
     """Added to the scores [Q, K]: 0 where visible, −∞ elsewhere. None: all visible, or as ``causal`` says."""
 
+    def seen_from(self, start: int) -> tuple[slice, slice]:
+        """Its queries and keys, counted from ``start``."""
+        return tuple(slice(each.start - start, each.stop - start) for each in (self.queries, self.keys))
 
-def attention_parts(layout: TreeLayout, window: int | None, dtype: torch.dtype) -> list[Part]:
+
+def attention_parts(layout: TreeLayout, window: int | None, dtype: torch.dtype) -> list[tuple[slice, list[Part]]]:
     """The stream's attention as blocks that together hold every visible pair once, and what else they hold is hidden.
 
-    A block whose keys end before its queries begin (a prompt under its completions) comes after the one in which these
-    queries attend to their own stretch. ``dtype`` is that of the biases. Kept with the layout, as every layer asks.
+    They come by stretches of the stream that have nothing to do with each other: (place, its parts). A block whose keys
+    end before its queries begin (a prompt under its completions) comes after the one in which these queries attend to
+    their own stretch. ``dtype`` is that of the biases. Kept with the layout, as every layer asks.
     """
     if (window, dtype) not in layout.kept:
-        parts: list[Part] = []
+        stretches: list[tuple[slice, list[Part]]] = []
         for run in _runs(layout.spans):
             whole = slice(run[0].start, run[-1].stop)
-            parts += (
-                _parts(layout, run[0], window, dtype)
+            parts = (
+                list(_parts(layout, run[0], window, dtype))
                 if len(run) == 1
                 else [_biased(layout, whole, whole, window, dtype)]
             )
-        layout.kept[window, dtype] = parts
+            stretches.append((whole, parts))
+        layout.kept[window, dtype] = stretches
     return layout.kept[window, dtype]
 
 
@@ -161,7 +169,7 @@ class _AttentionByParts(torch.autograd.Function):
     """Attention of blocks merged through their log-sum-exp, without a copy of any key.
 
     A query whose keys lie in several parts gets Σ_p exp(lse_p − lse)·out_p with lse = log Σ_p exp(lse_p). The gradient
-    of a part is flash attention's own, given the *merged* output and log-sum-exp: they are what normalises its weights.
+    of a part is that of any attention, given the *merged* output and log-sum-exp: they are what normalises its weights.
     Source: parts merged through log-sum-exps, forward and backward, as in ring attention, Liu et al. 2023
     (arXiv 2310.01889).
     """
@@ -172,9 +180,10 @@ class _AttentionByParts(torch.autograd.Function):
     ):
         # [1, T, H, D] in memory, as the model wants it back
         out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-        lse = query.new_empty(1, query.shape[2], query.shape[1]).transpose(1, 2)
-        ctx.parts, ctx.scaling = attention_parts(layout, window, query.dtype), scaling
-        for part in ctx.parts:
+        out[:, :, layout.spans[-1].stop :] = 0
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        lse = out.new_empty(1, query.shape[2], query.shape[1], dtype=dtype).transpose(1, 2)
+        for part in (part for _, parts in attention_parts(layout, window, query.dtype) for part in parts):
             piece, piece_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query[:, :, part.queries],
                 key[:, :, part.keys],
@@ -194,37 +203,48 @@ class _AttentionByParts(torch.autograd.Function):
                 here.copy_(piece)
                 here_lse.copy_(piece_lse)
         ctx.save_for_backward(query, key, value, out, lse)
+        ctx.layout, ctx.window, ctx.scaling = layout, window, scaling
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         query, key, value, out, lse = ctx.saved_tensors
-        grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for part in ctx.parts:
-            pieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad[:, :, part.queries],
-                query[:, :, part.queries],
-                key[:, :, part.keys],
-                value[:, :, part.keys],
-                out[:, :, part.queries],
-                lse[:, :, part.queries],
-                0.0,
-                part.causal,
-                attn_mask=part.bias,
-                scale=ctx.scaling,
-            )
-            for total, piece, where in zip(grads, pieces, (part.queries, part.keys, part.keys), strict=True):
-                total[:, :, where].add_(piece)
+        grads = [torch.empty_like(each.transpose(1, 2)).transpose(1, 2) for each in (query, key, value)]
+        for place, parts in attention_parts(ctx.layout, ctx.window, lse.dtype):
+            # PyTorch's kernel is many times faster in float32 than in half precision; a stretch stays in cache.
+            q, k, v, o, g = (each[:, :, place].to(lse.dtype) for each in (query, key, value, out, grad))
+            totals = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+            for part in parts:
+                queries, keys = part.seen_from(place.start)
+                pieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    g[:, :, queries],
+                    q[:, :, queries],
+                    k[:, :, keys],
+                    v[:, :, keys],
+                    o[:, :, queries],
+                    lse[:, :, part.queries],
+                    0.0,
+                    part.causal,
+                    attn_mask=part.bias,
+                    scale=ctx.scaling,
+                )
+                for total, piece, where in zip(totals, pieces, (queries, keys, keys), strict=True):
+                    total[:, :, where].add_(piece)
+            for grad_whole, total in zip(grads, totals, strict=True):
+                grad_whole[:, :, place] = total
+        for grad_whole in grads:
+            grad_whole[:, :, ctx.layout.spans[-1].stop :] = 0
         return *grads, None, None, None
 
 
 def attention_by_parts(
     query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, *, scaling: float, window: int | None = None
 ) -> Tensor:
-    """The CPU's kernel. Half precision is computed in float32, in which its backward pass is many times faster."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    out = _AttentionByParts.apply(query.to(wide), key.to(wide), value.to(wide), layout, window, scaling)
+    """The CPU's kernel: in bfloat16 where the CPU multiplies it, else in float32 at least."""
+    native = query.dtype == torch.bfloat16 and cpu_multiplies(torch.bfloat16)
+    dtype = query.dtype if native else torch.promote_types(query.dtype, torch.float32)
+    out = _AttentionByParts.apply(query.to(dtype), key.to(dtype), value.to(dtype), layout, window, scaling)
     return out.to(query.dtype)  # pyright: ignore[reportOptionalMemberAccess]
 
 
@@ -276,9 +296,9 @@ def tree_attention(
 ) -> Tensor:
     """Attention over the stream with the fastest kernel that can do it: [1, H, T, D] → [1, H, T, D_value].
 
-    Raises ``ValueError`` if the tensors are not one stream of the layout's length.
+    Raises ``ValueError`` if the tensors are not one stream of the layout's length or more.
     """
-    if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == len(layout.group):
+    if query.shape[0] != 1 or not query.shape[2] == key.shape[2] >= len(layout.group):
         raise ValueError(f"{len(layout.group)} tokens in the layout, but queries {query.shape} and keys {key.shape}")
     plain = sinks is None and dropout == 0.0 and query.shape[-1] == value.shape[-1]
     if plain and query.device.type == "cuda":

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from trueup.errors import ModelError, SettingsError
 from trueup.models.wheel import WHEELS, wheel_folder
+from trueup.objectives.products import cpu_multiplies
 from trueup.runs.checkpoint import latest_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -95,10 +96,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the hardware has bfloat16 products; emulated ones are slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    has = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch before 2.12 can't say
-    return any(has.get(feature, False) for feature in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+    return device.type == "cpu" and cpu_multiplies(torch.bfloat16)
 
 
 def model_source(name: str | Path, *, weights: bool = True) -> Path:

@@ -40,7 +40,9 @@ def noisy_embeddings(model: nn.Module, batch: TreeBatch, path: str, alpha: float
 
     def add(embedding: nn.Module, inputs: Any, embeddings: Tensor) -> Tensor:
         noise = embedding_noise(batch, embeddings.shape[-1], alpha).to(embeddings.dtype)
-        return embeddings + (noise[None] if path == "tree" else noise[batch.padded().stream])
+        if path == "padded":
+            return embeddings + noise[batch.padded().stream]
+        return embeddings + nn.functional.pad(noise, (0, 0, 0, embeddings.shape[1] - len(noise)))
 
     embedding: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     handle = embedding.register_forward_hook(add)

@@ -1,4 +1,4 @@
-"""bfloat16 compute with float32 master weights."""
+"""bfloat16 compute with float32 master weights, and where gradients are added up."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from trueup.errors import CheckpointError
 
@@ -25,19 +26,29 @@ class MasterWeights:
     low-precision one is freed: accumulating over micro-batches rounds each micro-batch's gradient once, never the sum.
 
     Use: ``optimizer = AdamW(masters.parameters)``; after the backward passes, clip ``masters.parameters``, step, then
-    ``copy_back()``; ``optimizer.zero_grad()`` clears what has accumulated. Parameters that already have 32 bits or more
+    ``copy_back()``; ``clear_gradients()`` forgets what has accumulated. Parameters that already have 32 bits or more
     are handed through as they are, so a float32 model runs exactly as without this class.
 
-    ``parameters``: what is trained; frozen parameters and repetitions are left out.
+    ``parameters``: what is trained; frozen parameters and repetitions are left out. ``vocabulary``: layers whose
+    weights have a row for every entry of the vocabulary, often most of a model. What computes their gradient adds it to
+    the master's right away (``gradient_sum``), a few rows or a tile at a time. Through autograd, each use of the
+    weights in each micro-batch would make a whole matrix, mostly zeros, for the next to add up.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        vocabulary: Iterable[torch.nn.Embedding | torch.nn.Linear] = (),
+    ) -> None:
         trained = list({id(p): p for p in parameters if p.requires_grad}.values())
         self.parameters: list[torch.nn.Parameter] = []
         """What the optimiser works on: masters, and parameters that need none, in the order given."""
         self.pairs: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []
         """(low-precision parameter, its master)."""
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.sums: dict[int, Tensor] = {}
+        """Gradients that stay allocated from step to step, by the id of the parameter that they are of."""
+        self.vocabulary: list[torch.nn.Embedding | torch.nn.Linear] = []
         for parameter in trained:
             if parameter.dtype.itemsize >= 4:
                 self.parameters.append(parameter)
@@ -46,6 +57,24 @@ class MasterWeights:
             self.parameters.append(master)
             self.pairs.append((parameter, master))
             self.hooks.append(parameter.register_post_accumulate_grad_hook(hand_over_to(master)))
+        summed = {id(parameter): parameter for parameter in self.parameters}
+        summed |= {id(parameter): master for parameter, master in self.pairs}
+        for layer in vocabulary:
+            if (owner := summed.get(id(layer.weight))) is None:
+                continue
+            owner.grad = self.sums.setdefault(id(owner), torch.zeros_like(owner))
+            setattr(layer, _GRADIENT_SUM, owner.grad)
+            self.vocabulary.append(layer)
+            if isinstance(layer, torch.nn.Embedding):
+                self.hooks.append(layer.register_forward_hook(embed_with_sum))
+
+    def clear_gradients(self) -> None:
+        """Start the next sum from nothing."""
+        for parameter in self.parameters:
+            if id(parameter) in self.sums:
+                self.sums[id(parameter)].zero_()
+            else:
+                parameter.grad = None
 
     @torch.no_grad()
     def copy_back(self) -> None:
@@ -75,10 +104,15 @@ class MasterWeights:
         self.copy_back()
 
     def close(self) -> None:
-        """Take the hooks off: gradients stay with the low-precision parameters again."""
+        """Take the hooks off: gradients stay with the parameters, whatever their precision, again."""
         for hook in self.hooks:
             hook.remove()
+        for layer in self.vocabulary:
+            delattr(layer, _GRADIENT_SUM)
+        for parameter in self.parameters:
+            parameter.grad = None
         self.hooks.clear()
+        self.vocabulary.clear()
 
 
 def hand_over_to(master: torch.nn.Parameter) -> Any:
@@ -95,3 +129,39 @@ def hand_over_to(master: torch.nn.Parameter) -> Any:
         parameter.grad = None
 
     return hand_over
+
+
+_GRADIENT_SUM = "trueup_gradient_sum"
+
+
+def gradient_sum(layer: torch.nn.Module) -> Tensor | None:
+    """Where the gradient of this layer's weight is to be added, in float32, in place of being handed to autograd; None
+    for a layer that no ``MasterWeights`` has among its ``vocabulary``."""
+    return getattr(layer, _GRADIENT_SUM, None)
+
+
+def embed_with_sum(layer: Any, inputs: Any, embeddings: Tensor) -> Tensor:
+    """A forward hook: the same embeddings, whose gradient goes to ``gradient_sum(layer)``."""
+    if not torch.is_grad_enabled():
+        return embeddings
+    return _EmbedWithSum.apply(layer.weight, embeddings.detach(), inputs[0], layer)  # pyright: ignore[reportReturnType]
+
+
+class _EmbedWithSum(torch.autograd.Function):
+    """The weight is an argument so that there is a backward pass; what it gets from autograd is nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, embeddings: Tensor, tokens: Tensor, layer: torch.nn.Embedding) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.layer = layer
+        return embeddings.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        tokens, total = ctx.saved_tensors[0].flatten(), gradient_sum(ctx.layer)
+        rows = grad.flatten(0, -2).to(total.dtype)
+        if ctx.layer.padding_idx is not None:  # whose embedding is not trained
+            rows = rows.masked_fill((tokens == ctx.layer.padding_idx).unsqueeze(-1), 0)
+        total.index_add_(0, tokens, rows)
+        return None, None, None, None

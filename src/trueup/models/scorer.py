@@ -25,8 +25,11 @@ from torch.utils.checkpoint import checkpoint
 from trueup.errors import ModelError
 from trueup.models.attention import TREE_ATTENTION, no_mask, register_tree_attention
 from trueup.models.noise import noisy_embeddings
+from trueup.models.norms import sweep_norms
+from trueup.models.precision import gradient_sum
 from trueup.models.tree import TreeBatch, tree_batch
 from trueup.objectives.logprobs import TokenStatistics, linear_logprobs, token_logprobs, token_statistics
+from trueup.objectives.products import grid_padding
 from trueup.records import Completion, CompletionGroup
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -100,6 +103,17 @@ class RewardScorer(nn.Module):
         return model.score(_hidden_states(model, batch, self.path, self.where)).squeeze(-1).float()
 
 
+def vocabulary_layers(scorer: nn.Module) -> list[nn.Embedding | nn.Linear]:
+    """The layers whose weights have a row for every entry of the vocabulary, if they are plain: the input embedding,
+    and of a ``Scorer`` the head. ``MasterWeights`` adds up their gradients in place."""
+    if not isinstance(scorer, Scorer | RewardScorer):
+        return []
+    model = plain_model(scorer.model)
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings() if isinstance(scorer, Scorer) and not scorer.own_head else None
+    return [each for each in (embedding, head) if type(each) in (nn.Embedding, nn.Linear)]
+
+
 def plain_model(model: nn.Module) -> Any:
     """The transformers model inside a peft wrapper, adapters in place; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
@@ -112,9 +126,11 @@ def _hidden_states(model: Any, batch: TreeBatch, path: str, where: str) -> Tenso
     (a prompt's last) is the same to the bit in every run on a CPU. That of ``hidden[index]`` is not.
     """
     if path == "tree":
+        # Tokens that no other sees, where they make products come in fewer sizes.
+        padding = grid_padding(len(batch.tokens), like=model.get_input_embeddings().weight)
         states = model.base_model(
-            input_ids=batch.tokens[None],
-            position_ids=batch.positions[None],
+            input_ids=nn.functional.pad(batch.tokens, (0, padding))[None],
+            position_ids=nn.functional.pad(batch.positions, (0, padding))[None],
             attention_mask=no_mask(batch.tokens.device),
             layout=batch.layout,
             use_cache=False,
@@ -157,7 +173,8 @@ def _in_use(head: nn.Module) -> nn.Module:
 
 
 def _linear_scores(head: Any, hidden: Tensor, targets: Tensor, **options: Any) -> TokenStatistics:
-    return linear_logprobs(hidden.to(head.weight.dtype), head.weight, targets, bias=head.bias, **options)
+    options |= {"bias": head.bias, "weight_grad": gradient_sum(head)}
+    return linear_logprobs(hidden.to(head.weight.dtype), head.weight, targets, **options)
 
 
 def _module_scores(
@@ -283,6 +300,7 @@ def _first_exact(
             stacklevel=3,
         )
     given.config._attn_implementation = attention
+    sweep_norms(given)
     return candidate(model)
 
 

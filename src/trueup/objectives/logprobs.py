@@ -13,10 +13,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trueup.objectives.products import grid_padding, product_dtype
 from trueup.objectives.shapes import fill_masked, require_same_shape
 
 
@@ -147,6 +149,7 @@ def linear_logprobs(
     softcap: float | None = None,
     temperature: float = 1.0,
     want: Collection[str] = (),
+    weight_grad: Float[Tensor, "vocab dim"] | None = None,
     chunk_size: int | None = None,
     vocab_chunk_size: int | None = None,
 ) -> TokenStatistics:
@@ -165,23 +168,26 @@ def linear_logprobs(
     The order is that of transformers: Cohere's ``logit_scale`` and the inverse of Granite's ``logits_scaling`` are the
     scale, Gemma 2's ``final_logit_softcapping`` is the cap. Results are float32 (float64 for float64 input) in nats.
     Gradients flow to ``hidden``, ``weight`` and ``bias`` from all results but ``log_collision``, once (no second
-    derivative); what needs no gradient costs none, and neither does what is not wanted.
+    derivative); what needs no gradient costs none, and neither does what is not wanted. ``weight_grad``: where to add
+    the gradient of ``weight``, tile by tile, in place of handing it to autograd: a float32 sum (float64 for float64
+    input) over many calls then costs no second matrix of that size.
 
     Neither pass ever holds more logits than a few tiles of ``chunk_size`` tokens × ``vocab_chunk_size`` entries. By
-    default a tile suits the cache of a CPU (1,024 × 1,024), and keeps an accelerator busy elsewhere (4,096 × 8,192).
-    Kept for the backward pass are the inputs and one or two numbers a token; it computes the tiles anew. Half-precision
-    inputs are multiplied in their own type (or in float32, where a CPU is faster in it); softmax and all sums over
-    tiles are in float32.
+    default a tile suits the cache of a CPU (1,024 × 1,024, in bfloat16 2,048 × 1,024), and keeps an accelerator busy
+    elsewhere (4,096 × 8,192). Kept for the backward pass are the inputs and one or two numbers a token; it computes the
+    tiles anew. Half-precision inputs are multiplied in their own type (or in float32, where a CPU is faster in it);
+    softmax and all sums over tiles are in float32.
 
-    Raises ``ValueError`` for inputs of different types, a temperature, soft cap or tile that is not positive, an
-    unknown name in ``want``, and a target outside the vocabulary (on an accelerator, where the check would wait for the
-    device, its result is NaN).
+    Raises ``ValueError`` for inputs of different types, a ``weight_grad`` of another shape or type than its sum has, a
+    temperature, soft cap or tile that is not positive, an unknown name in ``want``, and a target outside the vocabulary
+    (on an accelerator, where the check would wait for the device, its result is NaN).
     Source: softmax by blocks, Milakov & Gimelshein 2018 (arXiv 1805.02867); a loss over tiles of the vocabulary with
     the logits computed anew, Wijmans et al. 2024 (arXiv 2411.09009).
     """
     _require_positive("temperature", temperature)
     _require_known(want)
-    rows, columns = (1024, 1024) if hidden.device.type == "cpu" else (4096, 8192)
+    on_cpu = (2048, 1024) if product_dtype(hidden) == torch.bfloat16 else (1024, 1024)
+    rows, columns = on_cpu if hidden.device.type == "cpu" else (4096, 8192)
     chunk_size = rows if chunk_size is None else chunk_size
     vocab_chunk_size = columns if vocab_chunk_size is None else vocab_chunk_size
     _require_positive("chunk_size", chunk_size)
@@ -193,8 +199,20 @@ def linear_logprobs(
             raise ValueError(f"hidden is {hidden.dtype} but {name} is {tensor.dtype}: cast one to the other's type")
     if hidden.device.type == "cpu" and bool(((targets < 0) | (targets >= len(weight))).any()):
         raise ValueError(f"a target lies outside the vocabulary of {len(weight)} entries")
+    if weight_grad is not None:
+        require_same_shape(weight, weight_grad=weight_grad)
+        if weight_grad.dtype != _sum_dtype(hidden):
+            raise ValueError(f"weight_grad is {weight_grad.dtype}, and sums of {hidden.dtype} are {_sum_dtype(hidden)}")
     head = _Head(scale, softcap, temperature, chunk_size, vocab_chunk_size)
-    return TokenStatistics(*_LinearLogprobs.apply(hidden, weight, bias, targets.long(), head, frozenset(want)))  # pyright: ignore[reportGeneralTypeIssues]
+    num_tokens, targets = len(hidden), targets.long()
+    if padding := grid_padding(num_tokens, like=hidden):
+        hidden, targets = F.pad(hidden, (0, 0, 0, padding)), F.pad(targets, (0, padding))
+    found: Any = _LinearLogprobs.apply(hidden, weight, bias, targets, head, frozenset(want), weight_grad)
+    return TokenStatistics(*(None if each is None else each[:num_tokens] for each in found))
+
+
+def _sum_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 class _Head(NamedTuple):
@@ -215,8 +233,8 @@ class _Tiles:
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head) -> None:
-        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self.factor_dtype = _factor_dtype(hidden)
+        self.dtype = _sum_dtype(hidden)
+        self.factor_dtype = product_dtype(hidden)
         self.hidden, self.weight, self.bias, self.targets, self.head = hidden, weight, bias, targets, head
         self.factors = hidden.to(self.factor_dtype)
         self.rows = _slices(len(hidden), head.chunk_size)
@@ -267,6 +285,7 @@ class _LinearLogprobs(torch.autograd.Function):
         targets: Tensor,
         head: _Head,
         want: frozenset[str],
+        weight_grad: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         tiles = _Tiles(hidden, weight, bias, targets, head)
         new = partial(torch.empty, dtype=tiles.dtype, device=hidden.device)
@@ -310,7 +329,7 @@ class _LinearLogprobs(torch.autograd.Function):
             ctx.mark_non_differentiable(found["log_collision"])
 
         ctx.save_for_backward(hidden, weight, bias, targets, peak + log_total, found["entropy"])
-        ctx.head = head
+        ctx.head, ctx.weight_grad = head, weight_grad
         ctx.set_materialize_grads(False)
         return tuple(found.values())
 
@@ -334,11 +353,15 @@ class _LinearLogprobs(torch.autograd.Function):
 
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden, dtype=tiles.dtype) if wants_hidden else None
-        grad_weight = torch.empty_like(weight) if wants_weight else None
+        grad_weight = torch.empty_like(weight) if wants_weight and ctx.weight_grad is None else None
         grad_bias = torch.empty_like(bias) if wants_bias else None
         for columns in tiles.columns:
             weights = tiles.weights(columns)
-            weight_sum = tiles.room("weight_sum", weights[0].shape).zero_() if wants_weight else None
+            weight_sum = None
+            if grad_weight is not None:
+                weight_sum = tiles.room("weight_sum", weights[0].shape).zero_()
+            elif wants_weight:
+                weight_sum = ctx.weight_grad[columns]
             bias_sum = tiles.room("bias_sum", weights[0].shape[:1]).zero_() if wants_bias else None
             for rows in tiles.rows:
                 grad = tiles.logits(rows, *weights)
@@ -372,7 +395,8 @@ class _LinearLogprobs(torch.autograd.Function):
                 grad_weight[columns] = weight_sum
             if grad_bias is not None and bias_sum is not None:
                 grad_bias[columns] = bias_sum
-        return (None if grad_hidden is None else grad_hidden.to(hidden.dtype)), grad_weight, grad_bias, None, None, None
+        grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _slices(length: int, size: int) -> list[slice]:
@@ -385,15 +409,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total.add_(left @ right)
-
-
-def _factor_dtype(hidden: Tensor) -> torch.dtype:
-    """The type in which matrices are multiplied: a CPU without instructions for half precision is faster in float32."""
-    if hidden.device.type != "cpu" or hidden.dtype not in (torch.bfloat16, torch.float16):
-        return hidden.dtype
-    has = getattr(torch.cpu, "get_capabilities", dict)()
-    native = ("amx_bf16", "avx512_bf16", "bf16") if hidden.dtype == torch.bfloat16 else ("amx_fp16", "avx512_fp16")
-    return hidden.dtype if any(has.get(name) for name in native) else torch.float32
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
