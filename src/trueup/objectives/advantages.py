@@ -57,7 +57,7 @@ def gae(
     Raises ``ValueError`` if the shapes differ or λ lies outside [0, 1].
     Source: Schulman et al. 2016 (arXiv 1506.02438), eq. 16.
     """
-    require_same_shape(rewards, discounts=discounts, values=values, next_values=next_values)
+    require_same_shape(rewards, values=values, next_values=next_values)
     # Written with TD errors, not as λ-return − V: no large numbers are subtracted.
     errors = rewards + discounts * next_values - values
     return lambda_returns(
