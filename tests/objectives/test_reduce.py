@@ -47,6 +47,7 @@ def test_equal_lengths_make_all_means_equal() -> None:
 def test_rows_may_lie_in_any_shape() -> None:
     values = torch.arange(12, dtype=torch.float64).view(4, 3)
     assert sequence_mean(values) == 5.5
+    assert sequence_mean(values, None, 8) == 5.5 / 2
     for reduction in (token_mean, sequence_mean, lambda v: constant_length_mean(v, None, 7)):
         assert reduction(values.view(2, 1, 2, 3)) == reduction(values)
 

@@ -45,7 +45,6 @@ def last_step_score(
 
     In the units of ``scores``. NaN for a row without steps. Raises ``ValueError`` for shapes that differ.
     """
-    require_same_shape(scores, mask=mask)
     steps = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
     number = steps.cumsum(-1)
     is_last = steps & (number == number[..., -1:])
