@@ -150,6 +150,8 @@ def results() -> dict[str, dict[str, str]]:
 
 
 def try_survivors_again() -> None:
+    """With all tests anew: which of them reach which function is remembered, and changes with them."""
+    Path("mutants/mutmut-stats.json").unlink(missing_ok=True)
     _, files = mutmut.collect_source_file_mutation_data(mutant_names=())
     for data in files.values():
         for name, code in data.exit_code_by_key.items():
