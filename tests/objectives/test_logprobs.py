@@ -374,6 +374,17 @@ def test_half_precision_against_float32_truth(dtype: torch.dtype) -> None:
         assert error < 2 * rounding
 
 
+def test_half_precision_gradients_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over however many tiles, they are rounded once."""
+    monkeypatch.setattr(logprobs_module, "product_dtype", lambda x: torch.float32)
+    h = head(num_tokens=40, dim=16, vocab=500, dtype=torch.bfloat16)
+    inputs, tiles = [h.hidden, h.weight, h.bias], {"chunk_size": 4, "vocab_chunk_size": 8}
+    found = pull(linear_logprobs(h.hidden, h.weight, h.targets, bias=h.bias, **tiles))
+    truth = pull(materialized(h.hidden, h.weight, h.targets, bias=h.bias, want=()))
+    for gradient, true in zip(*(torch.autograd.grad(each, inputs) for each in (found, truth)), strict=True):
+        torch.testing.assert_close(gradient, true, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
+
+
 def test_products_in_bfloat16_where_the_machine_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path for machines with bfloat16 instructions, forced: the same results to bfloat16's rounding."""
     h = head(num_tokens=40, dim=16, vocab=300, dtype=torch.bfloat16)
