@@ -38,6 +38,7 @@ from trueup.trainers.samples import write_samples
 from trueup.trainers.session import RunResult, guarded, open_session
 from trueup.trainers.settings import PER_TOKEN, PreferenceSettings, SFTSettings, TrainSettings
 from trueup.trainers.sft import train_sft
+from trueup.trainers.summary import compared_pairs
 from trueup.trainers.tally import Totals
 from trueup.trainers.trained_model import load_trained, save_trained
 
@@ -98,7 +99,7 @@ def train_preference(
         loss=loss,
         save_model=lambda folder: save_trained(policy, tokenizer, folder),
         write_samples=lambda step: write_samples(session, policy, tokenizer, inputs, step),
-        accuracy="rewards/accuracies",
+        summarise=partial(compared_pairs, accuracy="rewards/accuracies"),
         statistics=statistics if set(settings.loss) & set(STATISTICS) else None,
     )
 
