@@ -505,14 +505,6 @@ def test_the_mask_is_cut_with_the_tokens(letters: PreTrainedTokenizerBase) -> No
     assert report.num_completions_cut == 1
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"max_length": 1}, {"max_prompt_length": 0}, {"max_length": 8, "max_prompt_length": 8}]
-)
-def test_limits_that_leave_no_room(wrong: dict[str, int]) -> None:
-    with pytest.raises(SettingsError, match="max_"):
-        TokenizeSettings(**wrong)
-
-
 # ------------------------------------------------------------------------------------------------------ whole sources
 
 

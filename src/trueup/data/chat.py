@@ -13,13 +13,14 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trueup.data.formats import ReadReport, Source, Task, read_examples, source_name
+from trueup.data.settings import TokenizeSettings
 from trueup.errors import DataError, ModelError, SettingsError
 from trueup.records import Completion, CompletionGroup, Message, RankedCompletions, StopReason, Text
 
@@ -45,44 +46,6 @@ FIXED_DATE = (
 )
 
 WITHOUT_TEMPLATE = "set chat_template to 'plain' (Human: / Assistant:), or to a Jinja template or a file that holds one"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizeSettings:
-    """How text becomes tokens."""
-
-    max_length: int = 1024
-    """Longest prompt plus completion, in tokens. Longer completions are cut (and counted), see overlong_completion."""
-    max_prompt_length: int | None = None
-    """Longest prompt, in tokens; default: max_length - 1."""
-    overlong_prompt: Literal["drop", "keep_end"] = "drop"
-    """What to do with a longer prompt: drop the row, or keep the prompt's last tokens."""
-    overlong_completion: Literal["cut", "drop"] = "cut"
-    """What to do with a longer completion: cut it (its end token is then not trained), or drop the row."""
-    train_turns: Literal["all", "last"] = "all"
-    """Which assistant turns of a demonstration are trained: all of them, or the last one only."""
-    chat_template: str | None = None
-    """Chat template in place of the tokenizer's own: 'plain', a Jinja template, or a file that holds one."""
-    wrap_text: bool = False
-    """Put plain prompts and completions into a user's and an assistant's turn, so that the chat template applies."""
-    special_tokens_in_text: Literal["plain", "token"] = "plain"
-    """What '<|im_end|>' and the like are inside data: plain text, or the token itself. Choose 'token' only for data you
-    trust, where a template was applied beforehand: such text can end a turn and open another."""
-    step_separator: str = "\n"
-    """What stands between the steps of an answer that is labelled step by step."""
-
-    def __post_init__(self) -> None:
-        if self.max_length < 2:
-            raise SettingsError(f"max_length must be at least 2 (a prompt and a completion), not {self.max_length}")
-        if self.max_prompt_length is not None and not 1 <= self.max_prompt_length < self.max_length:
-            raise SettingsError(
-                f"max_prompt_length is {self.max_prompt_length}, but must lie between 1 and max_length - 1",
-                way_out=f"max_length is {self.max_length}; leave room for a completion",
-            )
-
-    @property
-    def prompt_limit(self) -> int:
-        return self.max_length - 1 if self.max_prompt_length is None else self.max_prompt_length
 
 
 # ------------------------------------------------------------------------------------------------- text → tokens

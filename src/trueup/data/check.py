@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from trueup.data.chat import TokenizeSettings, tokenize_group
+from trueup.data.chat import tokenize_group
 from trueup.data.collate import train_all_tokens
 from trueup.data.formats import FORMATS, ReadReport, Source, Task, read_examples
+from trueup.data.settings import TokenizeSettings
 from trueup.records import Completion, CompletionGroup, RankedCompletions, Text
 
 if TYPE_CHECKING:

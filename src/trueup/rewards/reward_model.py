@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trueup.data.chat import TokenizeSettings, tokenize_group
+from trueup.data.chat import tokenize_group
 from trueup.data.collate import merge_prompts, micro_batches
 from trueup.data.formats import ReadReport
+from trueup.data.settings import TokenizeSettings
 from trueup.errors import DataError, ModelError, OutOfMemoryError
 from trueup.models.adapters import is_reward_model
 from trueup.models.heads import load_reward_model

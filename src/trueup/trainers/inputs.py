@@ -9,9 +9,10 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from trueup.data.chat import TokenizeSettings, stop_token_ids, tokenize_group
+from trueup.data.chat import stop_token_ids, tokenize_group
 from trueup.data.collate import batches, merge_prompts, num_steps, prompt_families, split_holdout
 from trueup.data.formats import ReadReport, Task, read_examples
+from trueup.data.settings import TokenizeSettings
 from trueup.errors import DataError, SettingsError
 from trueup.records import CompletionGroup, RankedCompletions
 from trueup.trainers.fingerprint import groups_fingerprint, stream_fingerprint, tokenizer_fingerprint
@@ -51,7 +52,6 @@ def load_inputs(
     context_length: int | None = None,
     trained_as: Callable[[CompletionGroup], CompletionGroup] = lambda group: group,
     share_prompts: bool = False,
-    step_separator: str = "\n",
 ) -> Inputs:
     """Read, split, tokenise. What was read, dropped and cut is told in one line each for training and held-out data.
 
@@ -60,7 +60,6 @@ def load_inputs(
     ``trained_as``: what becomes of a group in steps and evaluations; what is sampled keeps its prompt.
     ``share_prompts``: the rows of one prompt come together, and those of one step as one group (of a stream, which is
     not shuffled, those that the step happens to hold). A step has ``batch_size`` rows either way.
-    ``step_separator``: what stands between the steps of an answer that comes in steps.
     Raises ``SettingsError`` without data, ``DataError`` for what can't be read and where no row is left.
     """
     source = data if data is not None else settings.data
@@ -75,17 +74,7 @@ def load_inputs(
     max_length = min(settings.max_length, context_length or settings.max_length)
     if max_length < settings.max_length:
         say(f"the model reads {max_length:,} tokens: that is the limit, not --max-length {settings.max_length:,}")
-    how = TokenizeSettings(
-        max_length=max_length,
-        max_prompt_length=settings.max_prompt_length,
-        overlong_prompt=settings.overlong_prompt,
-        overlong_completion=settings.overlong_completion,
-        chat_template=settings.chat_template,
-        train_turns=settings.train_turns,
-        wrap_text=settings.wrap_text,
-        special_tokens_in_text=settings.special_tokens_in_text,
-        step_separator=step_separator,
-    )
+    how = TokenizeSettings.of(settings, max_length=max_length)
     stop_tokens = stop_token_ids(tokenizer, how)
 
     def read(source: Any, report: ReadReport, limit: int | None = None) -> Iterator[RankedCompletions]:

@@ -54,7 +54,6 @@ def train_process(
         check=check_steps,
         context_length=context_length(reward_model),
         share_prompts=True,
-        step_separator=settings.step_separator,
     )
     scorer = prepare_reward_scorer(reward_model)
 
