@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from transformers import AddedToken, PreTrainedTokenizerBase
 
-from trueup.data.chat import TokenizeSettings, load_groups, render_prompt, stop_token_ids, stream_groups, tokenize_group
-from trueup.data.formats import ReadReport, read_examples
+from trueup.data.chat import load_groups, render_prompt, stop_token_ids, stream_groups, tokenize_group
+from trueup.data.formats import read_examples
+from trueup.data.report import ReadReport
+from trueup.data.settings import TokenizeSettings
 from trueup.errors import DataError, ModelError, SettingsError
 from trueup.records import CompletionGroup, RankedCompletions, StopReason
 

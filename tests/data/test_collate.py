@@ -27,7 +27,8 @@ from trueup.data.collate import (
     split_holdout,
     train_all_tokens,
 )
-from trueup.data.formats import ReadReport, read_examples
+from trueup.data.formats import read_examples
+from trueup.data.report import ReadReport
 from trueup.errors import DataError, SettingsError
 from trueup.records import Completion, CompletionGroup, RankedCompletions
 

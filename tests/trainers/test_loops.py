@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from trueup import dpo, preference, reward, sft
-from trueup.data.chat import TokenizeSettings, load_groups
+from trueup.data.chat import load_groups
+from trueup.data.settings import TokenizeSettings
 from trueup.errors import CheckpointError, DataError, ModelError, NonFiniteError, SettingsError
 from trueup.models.load import load_model, load_tokenizer
 from trueup.models.scratch import make_model

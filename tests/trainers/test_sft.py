@@ -11,8 +11,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from trueup import sft
-from trueup.data.chat import TokenizeSettings, load_groups
+from trueup.data.chat import load_groups
 from trueup.data.collate import merge_prompts, train_all_tokens
+from trueup.data.settings import TokenizeSettings
 from trueup.errors import SettingsError
 from trueup.models.load import load_model, load_tokenizer
 from trueup.models.scorer import prepare_scorer

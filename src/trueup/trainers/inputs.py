@@ -11,7 +11,10 @@ import numpy as np
 
 from trueup.data.chat import stop_token_ids, tokenize_group
 from trueup.data.collate import batches, merge_prompts, num_steps, prompt_families, split_holdout
-from trueup.data.formats import ReadReport, Task, read_examples
+from trueup.data.data_format import Task
+from trueup.data.formats import read_examples
+from trueup.data.report import ReadReport
+from trueup.data.rows import source_name
 from trueup.data.settings import TokenizeSettings
 from trueup.errors import DataError, SettingsError
 from trueup.records import CompletionGroup, RankedCompletions
@@ -140,7 +143,9 @@ def load_inputs(
         held_out = list(tokenize(held_out_examples, report)) if held_out_examples else held_out_groups()
         say(f"data: {report.summary()}; {len(groups):,} to train on, {len(held_out):,} held out")
     if not groups:
-        raise DataError("no row is left to train on", where=_name(source), way_out="look at it: trueup data check FILE")
+        raise DataError(
+            "no row is left to train on", where=source_name(source), way_out="look at it: trueup data check FILE"
+        )
     sampled = (held_out or groups)[: settings.num_samples]
     groups = list(map(trained_as, groups))
     families = prompt_families(groups) if share_prompts else None
@@ -186,7 +191,7 @@ def _stream_steps(
                 empty = False
                 yield epoch, group
             if empty:
-                raise DataError("no row is left to train on", where=_name(settings.data))
+                raise DataError("no row is left to train on", where=source_name(settings.data))
 
     rows = islice(endless(), start * settings.batch_size, None)
     for step in range(start, settings.max_steps or 0):
@@ -201,7 +206,3 @@ def _is_given(source: Any) -> bool:
 def is_tokenized(source: Any) -> TypeGuard[Sequence[CompletionGroup]]:
     """Whether a source is groups already, not rows or names of files."""
     return isinstance(source, tuple | list) and len(source) > 0 and isinstance(source[0], CompletionGroup)
-
-
-def _name(source: Any) -> str | None:
-    return ", ".join(source) if isinstance(source, tuple) and all(isinstance(s, str) for s in source) else None
