@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from trueup import preference
+from trueup.errors import CheckpointError
 from trueup.models.adapters import add_lora
 from trueup.models.load import load_model
 from trueup.models.scorer import Scorer
@@ -93,6 +96,23 @@ def test_another_reference_is_another_model(cache: Path, tiny_model: str, pairs:
     lines = train(tiny_model, pairs, tmp_path / "run", reference=str(checkpoint))
     assert abs(lines[0]["eval_rewards/margins"]) > 1e-3
     assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("cache_reference", [True, False])
+def test_a_resumed_run_wants_the_reference_it_began_with(
+    cache_reference: bool, cache: Path, tiny_model: str, pairs: list, tmp_path: Path
+):
+    reference = Path(shutil.copytree(tiny_model, tmp_path / "reference"))
+    settings = {"reference": str(reference), "cache_reference": cache_reference, "save_every": 1}
+    whole = train(tiny_model, pairs, tmp_path / "run", **settings)
+    assert train(tiny_model, pairs, tmp_path / "run", resume="yes", **settings) == whole
+    weights = load_file(reference / "model.safetensors")
+    save_file(
+        {name: 1.01 * tensor for name, tensor in weights.items()}, reference / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(CheckpointError, match="started with: reference\n  → give the reference model as it was"):
+        train(tiny_model, pairs, tmp_path / "run", resume="yes", **settings)
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == len(whole)
 
 
 def test_the_fingerprint_sees_weights_config_and_tokens(tiny_model: str):

@@ -28,6 +28,7 @@ WAYS_OUT = {
     "held-out data": "bring back the rows it was started with, or start a new run in another folder",
     "tokenizer": "bring back the tokenizer and chat template it was started with, or start a new run",
     "starting weights": "give the model as it was before training, or start a new run in another folder",
+    "reference": "give the reference model as it was, or start a new run in another folder",
 }
 """What is compared, in the order in which it is told: a tokenizer that changed changes the data too."""
 

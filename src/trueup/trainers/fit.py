@@ -44,11 +44,13 @@ def fit(
     write_samples: Callable[[int], None] = lambda step: None,
     summarise: Summarise = means,
     statistics: Callable[[Sequence[CompletionGroup]], Mapping[str, Tensor]] | None = None,
+    fingerprints: Mapping[str, str] | None = None,
 ) -> RunResult:
     """Minimise ``loss`` over the steps of ``inputs``; evaluates at step 0, every ``eval_every`` steps and at the end.
 
     ``summarise`` makes an evaluation's figures and tables of what it added up to.
     ``statistics`` computes what couples a batch over all groups of a step, before the first micro-batch.
+    ``fingerprints``: of what else the run was started with, beside its data, tokenizer and weights.
     Raises ``NonFiniteError`` after ``max_skipped_steps`` steps without a finite loss or gradient, and
     ``KeyboardInterrupt`` after an interrupt, once the step is finished and saved; and ``OutOfMemoryError``.
     """
@@ -83,8 +85,8 @@ def fit(
         scorer.train()
         return metrics
 
-    fingerprints = inputs.fingerprints | {"starting weights": weights_fingerprint(scorer)}
-    start, counters = session.restore(stepper, fingerprints)
+    known = inputs.fingerprints | {"starting weights": weights_fingerprint(scorer), **(fingerprints or {})}
+    start, counters = session.restore(stepper, known)
     evaluated: dict[str, float] = {}
     trained: dict[str, float] = {}
     scorer.train()

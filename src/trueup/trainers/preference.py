@@ -70,7 +70,7 @@ def train_preference(
     )
     scorer = prepare_scorer(policy)
     partners, asked = groups_asked(settings, inputs, context_length(policy))
-    reference = reference_logprobs(settings, scorer, tokenizer, asked, say=session.say)
+    reference, fingerprints = reference_logprobs(settings, scorer, tokenizer, asked, say=session.say)
     device = next(scorer.parameters()).device
     want = ("log_collision",) if settings.weight_by_policy else ()
 
@@ -101,6 +101,7 @@ def train_preference(
         write_samples=lambda step: write_samples(session, policy, tokenizer, inputs, step),
         summarise=partial(compared_pairs, accuracy="rewards/accuracies"),
         statistics=statistics if set(settings.loss) & set(STATISTICS) else None,
+        fingerprints=fingerprints,
     )
 
 

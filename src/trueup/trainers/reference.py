@@ -32,7 +32,7 @@ from trueup.models.wheel import cache_folder
 from trueup.records import CompletionGroup
 from trueup.runs.files import write_atomic
 from trueup.runs.progress import RunProgress
-from trueup.trainers.fingerprint import groups_fingerprint
+from trueup.trainers.fingerprint import groups_fingerprint, weights_fingerprint
 from trueup.trainers.settings import PreferenceSettings
 
 Reference = Callable[[Sequence[CompletionGroup], TreeBatch], Tensor]
@@ -46,16 +46,18 @@ def reference_logprobs(
     groups: Sequence[CompletionGroup] | None,
     *,
     say: Callable[[str], None],
-) -> Reference:
-    """How log π_ref is found. ``scorer`` is the policy's, before its first update.
+) -> tuple[Reference, dict[str, str]]:
+    """How log π_ref is found, and the fingerprint of a reference that is a model of its own.
 
+    ``scorer`` is the policy's, before its first update.
     ``groups``: everything that will be asked for; None where that is not known (a stream), or not wanted in advance.
     The reference is ``settings.reference``, or the policy as it is now: with LoRA the adapter switched off, which costs
     no memory, otherwise, where it has to stay at hand, a frozen copy.
     Raises ``ModelError`` for a reference that reads the tokens otherwise than the policy.
     """
     if not settings.needs_reference:
-        return lambda groups, batch: torch.zeros_like(batch.targets, dtype=torch.float32)
+        return lambda groups, batch: torch.zeros_like(batch.targets, dtype=torch.float32), {}
+    fingerprints = {}
     if settings.reference is not None:
         loaded = load_model(settings.reference, dtype=settings.dtype, device=settings.device)
         if loaded.tokenizer.get_vocab().items() ^ tokenizer.get_vocab().items():
@@ -65,13 +67,14 @@ def reference_logprobs(
                 way_out="take a reference with the policy's tokenizer",
             )
         frozen = prepare_scorer(loaded.model).requires_grad_(False).eval()
+        fingerprints = {"reference": weights_fingerprint(frozen)}
     elif groups is not None or has_adapter(scorer.model):
         frozen = scorer
     else:
         frozen = copy.deepcopy(scorer).requires_grad_(False).eval()
     if groups is None:
-        return lambda groups, batch: frozen_logprobs(frozen, batch)
-    return lookup(groups, stored_logprobs(settings, frozen, groups, say))
+        return lambda groups, batch: frozen_logprobs(frozen, batch), fingerprints
+    return lookup(groups, stored_logprobs(settings, frozen, groups, say)), fingerprints
 
 
 def frozen_logprobs(scorer: Scorer, batch: TreeBatch) -> Tensor:
