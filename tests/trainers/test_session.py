@@ -142,6 +142,9 @@ def test_weights_are_known_in_any_precision(tiny_model: str):
         model.get_input_embeddings().weight.mul_(1.01)
     assert weights_fingerprint(model) != before
     assert weights_fingerprint(nn.Linear(2, 3)) != weights_fingerprint(nn.Linear(3, 2))
+    large = nn.Linear(200, 200)  # of which only some numbers are looked at
+    before = weights_fingerprint(large)
+    assert weights_fingerprint(large.bfloat16()) == before
 
 
 def test_a_tokenizer_is_known_by_vocabulary_and_template(tiny_model: str):

@@ -74,7 +74,7 @@ def weights_fingerprint(module: nn.Module) -> str:
     digest = _digest()
     for tensor in module.state_dict().values():
         flat = tensor.detach().flatten()
-        sample = flat[:: max(1, len(flat) // _SAMPLED)].to("cpu", torch.bfloat16)
+        sample = flat[:: max(1, len(flat) // _SAMPLED)].to("cpu", torch.bfloat16).contiguous()
         digest.update(str(tuple(tensor.shape)).encode())
         digest.update(sample.view(torch.uint8).numpy())
     return digest.hexdigest()
