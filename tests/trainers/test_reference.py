@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from trueup import preference
@@ -66,6 +70,19 @@ def test_a_second_run_finds_it_on_disk(
         name = f"damaged-{len(damage)}"
         assert train(tiny_model, pairs, tmp_path / name) == first
     assert len(list(cache.iterdir())) == 1
+
+
+def test_the_file_tells_what_it_is_of_and_when_it_was_used(cache: Path, tiny_model: str, pairs: list, tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    settings = {"model": tiny_model, "data": str(rows), "quiet": True, "max_steps": 1, "num_samples": 0}
+    preference(output=str(tmp_path / "first"), **settings)
+    (file,) = cache.iterdir()
+    with safe_open(file, framework="numpy") as stored:
+        assert stored.metadata() == {"model": tiny_model, "data": str(rows)}
+    os.utime(file, (0, 0))
+    preference(output=str(tmp_path / "second"), **settings)
+    assert time.time() - file.stat().st_mtime < 3600
 
 
 def test_a_cache_that_can_not_be_written_stops_nothing(

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,21 +101,29 @@ def stored_logprobs(
     """Token log-probs of every group, float32 [S] each: from disk, or computed and put there.
 
     The file is named by a hash of the weights, the config, and the tokens (which is what a tokenizer and a chat
-    template make of the data): whatever changes, another file is asked for. A damaged file counts as none.
+    template make of the data): whatever changes, another file is asked for. A damaged file counts as none. Its time is
+    that of its last use, for whoever looks for what is no longer needed.
     """
     ends = np.cumsum([num_scored(group) for group in groups])
     path = cache_folder() / "reference" / f"{fingerprint(scorer.model, groups)}.safetensors"
     flat = read_stored(path, size=int(ends[-1]))
     if flat is not None:
         say(f"reference: {len(groups):,} groups, known from {path}")
+        with suppress(OSError):  # somebody else's cache may be read only
+            path.touch()
     else:
         flat = np.concatenate(computed(settings, scorer, groups))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, save({"logprobs": flat}))
+            write_atomic(path, save({"logprobs": flat}, metadata=described(settings)))
         except OSError as error:
             say(f"reference: not kept on disk, the next run computes it anew ({error})")
     return np.split(flat, ends[:-1])
+
+
+def described(settings: PreferenceSettings) -> dict[str, str]:
+    """What log-probs are of, in words, as far as it has names."""
+    return {"model": settings.reference or settings.model, "data": " ".join(settings.data + settings.eval_data)}
 
 
 def read_stored(path: Path, size: int) -> np.ndarray | None:
