@@ -10,6 +10,7 @@ from trueup.cli.data import CheckSettings
 from trueup.cli.score import ScoreSettings
 from trueup.data.settings import TextSettings, TokenizeSettings
 from trueup.errors import SettingsError
+from trueup.runs.settings import parse
 from trueup.trainers.settings import PreferenceSettings, RewardSettings, SFTSettings
 
 CHANGED = {
@@ -47,3 +48,9 @@ def test_every_command_hands_all_of_it_on(command: type[TextSettings]) -> None:
 def test_limits_that_leave_no_room(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         TokenizeSettings(**wrong)
+
+
+@pytest.mark.parametrize(("command", "needs"), [(CheckSettings, ["rows.jsonl"]), (RewardSettings, ["--process"])])
+def test_a_step_separator_as_a_shell_writes_it(command: type[TextSettings], needs: list[str]) -> None:
+    settings = parse(command, [*needs, "--step-separator", r"\n\n"], "trueup")
+    assert TokenizeSettings.of(settings).step_separator == "\n\n"

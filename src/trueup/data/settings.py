@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from trueup.runs.settings import check_choices, check_range
+from trueup.runs.settings import ESCAPED, check_choices, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,8 @@ class TokenizeSettings(TextSettings):
 
     train_turns: Literal["all", "last"] = "all"
     """Which of the assistant's turns are trained where a demonstration holds several: all, or the last one."""
-    step_separator: str = "\n"
-    """What stands between the steps of an answer that is labelled step by step."""
+    step_separator: str = field(default="\n", metadata=ESCAPED)
+    r"""What stands between the labelled steps of an answer: by default a line break. Write \n for one, \t for a tab."""
 
     @classmethod
     def of(cls, settings: TextSettings, **changes: Any) -> TokenizeSettings:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from trueup.data.settings import TextSettings
 from trueup.errors import SettingsError
-from trueup.runs.settings import check_range, check_used
+from trueup.runs.settings import ESCAPED, check_range, check_used
 
 PreferenceLoss = Literal[
     "dpo",
@@ -214,8 +214,8 @@ class RewardSettings(TrainSettings):
     """Ask for a score difference of at least the row's margin, where the data has one."""
     process: bool = False
     """Score every step of an answer instead of the whole (process reward model): rows of prompt, steps and labels."""
-    step_separator: str = "\n"
-    """What stands between the steps of an answer (--process)."""
+    step_separator: str = field(default="\n", metadata=ESCAPED)
+    r"""What stands between the labelled steps of an answer: by default a line break. Write \n for one, \t for a tab."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
