@@ -30,6 +30,8 @@ class Inputs:
     """What a loop reads."""
 
     num_steps: int
+    max_length: int
+    """Most tokens in prompt and completion: what the settings allow and the model can read."""
     steps: Callable[[int], Iterator[Step]]
     """From a step number on."""
     groups: list[CompletionGroup] | None
@@ -125,6 +127,7 @@ def load_inputs(
         held_out = held_out_groups()
         return Inputs(
             num_steps=settings.max_steps or 0,
+            max_length=max_length,
             steps=lambda start: arranged(_stream_steps(stream, settings, start)),
             groups=None,
             held_out=together(map(trained_as, held_out)),
@@ -152,6 +155,7 @@ def load_inputs(
     total = num_steps(len(groups), settings.batch_size, settings.num_epochs)
     return Inputs(
         num_steps=min(total, settings.max_steps or total),
+        max_length=max_length,
         steps=lambda start: arranged(_shuffled_steps(groups, families, settings, start)),
         groups=groups,
         held_out=together(map(trained_as, held_out)),

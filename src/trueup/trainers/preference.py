@@ -69,7 +69,7 @@ def train_preference(
         context_length=context_length(policy),
     )
     scorer = prepare_scorer(policy)
-    partners, asked = groups_asked(settings, inputs, context_length(policy))
+    partners, asked = groups_asked(settings, inputs)
     reference, fingerprints = reference_logprobs(settings, scorer, tokenizer, asked, say=session.say)
     device = next(scorer.parameters()).device
     want = ("log_collision",) if settings.weight_by_policy else ()
@@ -161,16 +161,13 @@ def preference_metrics(x: Compared, settings: PreferenceSettings) -> dict[str, T
     return metrics | {name: x.statistics[name] for name in ("kl", "bco_shift") if name in x.statistics}
 
 
-def groups_asked(
-    settings: PreferenceSettings, inputs: Inputs, context_length: int | None
-) -> tuple[Partners, list[CompletionGroup] | None]:
+def groups_asked(settings: PreferenceSettings, inputs: Inputs) -> tuple[Partners, list[CompletionGroup] | None]:
     """The mismatched group of each group, and every group that the reference will be asked for: None where that is not
     known (a stream), or not wanted in advance."""
-    limit = min(settings.max_length, context_length or settings.max_length)
     if inputs.groups is None:
-        return partial(mismatched, max_length=limit), None
+        return partial(mismatched, max_length=inputs.max_length), None
     pools = groups_seen(inputs), inputs.held_out
-    partners, asked = partners_within(pools, limit), [*pools[0], *pools[1]]
+    partners, asked = partners_within(pools, inputs.max_length), [*pools[0], *pools[1]]
     if "kto" in settings.loss:
         asked += partners(asked)
     return partners, asked if settings.cache_reference else None
