@@ -109,7 +109,7 @@ def _read_ranked(fields: Fields, note: Note) -> RankedCompletions:
     numbers = [number(item, column) for item in list_of(fields[column], column)]
     if len(numbers) != len(completions):
         raise DataError(f"{len(completions)} completions but {len(numbers)} {column}")
-    goodness = [number if column == "scores" else -number for number in numbers]
+    goodness = [each if column == "scores" else -each for each in numbers]
     order = sorted(range(len(goodness)), key=lambda index: -goodness[index])
     untied = [i for place, i in enumerate(order) if place == 0 or goodness[i] != goodness[order[place - 1]]]
     if len(untied) < min(2, len(order)):
