@@ -184,7 +184,7 @@ def test_the_saved_model_scores_alike_in_transformers(model: str, tmp_path: Path
     plain = AutoModelForSequenceClassification.from_pretrained(result.model_folder)
     assert json.loads((result.model_folder / "config.json").read_text())["scores_each"] == "step"
     tokenizer = AutoTokenizer.from_pretrained(result.model_folder)
-    loaded = load_reward_model(result.model_folder, scores_each="step")
+    loaded = load_reward_model(result.model_folder, scores_each="step", dtype="float32")
     (row,) = rows[:1]
     tokens = [tokenizer("".join([row["prompt"], "\n".join(row["steps"][:n])]))["input_ids"] for n in range(1, 5)]
     start = len(tokenizer(row["prompt"])["input_ids"])
