@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from trueup.runs.checkpoint import latest_checkpoint
 from trueup.runs.folder import read_lines
@@ -39,7 +39,7 @@ SHARED = {
 
 IN_A_STEP = ["torch", "Tensor.backward"]
 IN_AN_UPDATE = ["trueup.trainers.stepping", "Stepper.step"]
-IN_EVALUATION = ["trueup.trainers.fit", "summary"]
+IN_EVALUATION = ["trueup.runs.progress", "RunProgress.aside"]
 IN_A_RECORD = ["trueup.runs.folder", "RunFolder.log"]
 IN_A_SYNC = ["os", "fsync"]
 AT_A_RENAME = ["pathlib", "Path.rename"]
@@ -84,7 +84,10 @@ def left(folder: Path) -> dict[str, Any]:
         "metrics": metrics,
         "samples": samples.read_text() if samples.exists() else None,
         "checkpoints": sorted(path.name for path in newest.parent.iterdir()),
-        "weights": {name: array.tobytes() for name, array in load_file(newest / "model" / "model.safetensors").items()},
+        "weights": {
+            name: (tensor.dtype, tensor.tolist())
+            for name, tensor in load_file(newest / "model" / "model.safetensors").items()
+        },
         "files": sorted(path.name for path in folder.iterdir()),
     }
 

@@ -70,6 +70,9 @@ def test_bco_golden() -> None:
     assert bco(t(0.5), DOWN, beta=beta, shift=shift).item() == pytest.approx(-math.log(1 / 4), rel=1e-15)
     # rewards 2 and 4 against −6: half-way between 3 and −6
     assert bco_shift(t(1, -3, 2), torch.tensor([True, False, True]), beta=2.0).item() == -1.5
+    # where one of the kinds is missing, the other's mean
+    assert bco_shift(t(1, 2), UP.expand(2), beta=2.0).item() == 3
+    assert bco_shift(t(-3, -4), DOWN.expand(2), beta=2.0).item() == -7
 
 
 def test_apo_zero_golden() -> None:
@@ -308,8 +311,7 @@ NONE = scalar(0)
         ("undesirable_weight must not", lambda: kto(t(1), UP, kl=NONE, beta=1.0, undesirable_weight=math.nan)),
         ("beta must be positive", lambda: bco(t(1), UP, beta=-1.0, shift=NONE)),
         ("beta must be positive", lambda: bco_shift(t(1, 2), torch.tensor([True, False]), beta=0.0)),
-        ("one kind is missing", lambda: bco_shift(t(1), UP, beta=1.0)),
-        ("one kind is missing", lambda: bco_shift(t(1), DOWN, beta=1.0)),
+        ("at least one completion", lambda: bco_shift(t(), UP[:0], beta=1.0)),
         ("beta must be positive", lambda: apo_zero(t(1), UP, beta=0.0)),
         ("beta must be positive", lambda: nca(t(1), UP, beta=0.0)),
         ("beta must be positive", lambda: sppo(t(1), t(1), beta=0.0)),

@@ -22,6 +22,7 @@ from trueup.objectives.preference import (
     MAX_EXPONENT,
     Divergence,
     aot,
+    aot_unpaired,
     apo_down,
     bradley_terry_logprob,
     conservative_dpo,
@@ -146,6 +147,9 @@ def test_pair_loss_goldens() -> None:
     assert apo_down(t(-1), t(-2), beta=math.log(3)).item() == pytest.approx(1 / 4 + 1 / 4)
     assert aot(t(-4), t(-7), beta=three_to_one).item() == pytest.approx(-math.log(3 / 4))
     assert aot(t(-4), t(-7), beta=three_to_one, label_smoothing=0.25).item() == pytest.approx(smoothed.item())
+    # what is seen at odds of 3 to 1 from the chosen end, and at even odds from the rejected end
+    ends = aot_unpaired(t(-4), t(2), chosen_matched=t(-7), rejected_matched=t(-2), beta=three_to_one)
+    assert ends.item() == pytest.approx(-(math.log(3 / 4) + math.log(1 / 2)) / 2)
 
 
 def test_discopop_turns_where_the_paper_says() -> None:
@@ -203,11 +207,25 @@ def test_gradients_of_divergence_rewards(divergence: Divergence, alpha: float) -
     assert torch.autograd.gradcheck(lambda u: divergence_rewards(u, divergence, alpha=alpha), log_ratios)
 
 
+def whole_aot_unpaired(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Matched anew for every argument: the matches take no gradient, and need none."""
+    return aot_unpaired(
+        chosen,
+        rejected,
+        chosen_matched=match_ranks(chosen, rejected),
+        rejected_matched=match_ranks(-rejected, -chosen),
+        beta=0.7,
+        label_smoothing=0.1,
+    )
+
+
 def test_gradients_of_aot_and_desensitized_logprobs() -> None:
     values, targets = random_pair(5)
     values.requires_grad_()
     matched = match_ranks(values, targets)
     assert torch.autograd.gradcheck(lambda v: aot(v, matched, beta=0.7, label_smoothing=0.1), values)
+    sides = tuple(side.requires_grad_() for side in random_pair(5))
+    assert torch.autograd.gradcheck(lambda *sides: whole_aot_unpaired(*sides).sum(), sides)
     mask = torch.tensor([[True, True, False, True], [True, True, True, True]])
     shared = torch.tensor([2, 3])
     logprobs = random_logprobs(2, 4).requires_grad_()
@@ -636,7 +654,7 @@ def test_micro_batches_of_paired_aot_add_up_to_the_batch() -> None:
 
 
 def test_micro_batches_of_unpaired_aot_add_up_to_the_batch() -> None:
-    """Both sides move; each takes its matches from the whole batch, and the sum of both is the batch's gradient."""
+    """Both sides move; each takes its matches from the whole batch, and value and gradient are those of the batch."""
     parameters = random_normal(3, seed=2).requires_grad_()
     chosen, rejected = (features @ parameters for features in FEATURES)
     sorted_losses = -logsigmoid(0.7 * (chosen.sort().values - rejected.sort().values))
@@ -644,16 +662,17 @@ def test_micro_batches_of_unpaired_aot_add_up_to_the_batch() -> None:
     above, below = match_ranks(chosen, rejected), match_ranks(-rejected, -chosen)
     parts, value = torch.zeros(3, dtype=torch.float64), 0.0
     for chosen_rows, rejected_rows in zip(torch.arange(7).split(3), torch.randperm(7).split(3), strict=True):
-        losses = torch.cat(
-            [
-                aot(FEATURES[0][chosen_rows] @ parameters, above[chosen_rows], beta=0.7),
-                aot(-FEATURES[1][rejected_rows] @ parameters, below[rejected_rows], beta=0.7),
-            ]
+        losses = aot_unpaired(
+            FEATURES[0][chosen_rows] @ parameters,
+            FEATURES[1][rejected_rows] @ parameters,
+            chosen_matched=above[chosen_rows],
+            rejected_matched=below[rejected_rows],
+            beta=0.7,
         )
         parts += torch.autograd.grad(losses.sum() / 7, parameters)[0]
         value += losses.sum().item() / 7
     torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-15)
-    assert value == pytest.approx(2 * sorted_losses.mean().item(), rel=1e-13)
+    assert value == pytest.approx(sorted_losses.mean().item(), rel=1e-13)
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
@@ -758,6 +777,10 @@ YES = torch.ones(1, dtype=torch.bool)
         ("beta must be positive", lambda: discopop(ONE, ONE, beta=0.0)),
         ("beta must be positive", lambda: apo_down(ONE, ONE, beta=0.0)),
         ("beta must be positive", lambda: aot(ONE, ONE, beta=0.0)),
+        (
+            "beta must be positive",
+            lambda: aot_unpaired(ONE, ONE, chosen_matched=ONE, rejected_matched=ONE, beta=0.0),
+        ),
         ("beta must be positive", lambda: implicit_rewards(ONE, ONE, 0.0)),
         ("label_smoothing must lie", lambda: robust_dpo(ONE, ONE, beta=1.0, label_smoothing=0.5)),
         ("label_smoothing must lie", lambda: conservative_dpo(ONE, ONE, beta=1.0, label_smoothing=-0.1)),
@@ -814,6 +837,10 @@ PAIR = torch.tensor([0, 1])
         ),
         ("chosen_mean_logprobs", lambda: unchecked(rpo)(TWO, TWO, ONE, beta=1.0, alpha=1.0)),
         ("targets", lambda: unchecked(match_ranks)(TWO, THREE)),
+        (
+            "rejected_log_ratios",
+            lambda: unchecked(aot_unpaired)(TWO, ONE, chosen_matched=TWO, rejected_matched=ONE, beta=1.0),
+        ),
         ("mask", lambda: unchecked(wpo_weights)(TABLE, MASK[:1], TABLE)),
         ("log_collision", lambda: unchecked(wpo_weights)(TABLE, MASK, TABLE[:1])),
         ("shared_lengths", lambda: unchecked(length_desensitized_logprobs)(TABLE, MASK, PAIR[:1], alpha=0.5)),
