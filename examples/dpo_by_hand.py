@@ -8,8 +8,8 @@
 or a hub name. Each step prints its loss, the implicit rewards of both sides, and how often the chosen one is ahead.
 ``dpo_with_trl.py`` does the same with TRL, and so does
 
-    trueup preference --model MODEL --data pairs.jsonl --streaming --max-steps 4 --batch-size 4 --learning-rate 1e-5 \
-        --lr-schedule constant
+    trueup preference --model MODEL --data pairs.jsonl --output runs/dpo --streaming --max-steps 4 --batch-size 4 \
+        --learning-rate 1e-5 --lr-schedule constant --dtype float32
 """
 
 import argparse
