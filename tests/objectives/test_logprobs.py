@@ -350,7 +350,7 @@ def test_no_gradient_at_all() -> None:
 
 
 def halved(found: TokenStatistics) -> TokenStatistics:
-    """Σ_v p_v² has logits twice as large, and twice their rounding: half of its logarithm is on the scale of the rest."""
+    """With half the collision: Σ_v p_v² sees logits twice as large, and twice what rounding does to them."""
     assert found.log_collision is not None
     return found._replace(log_collision=found.log_collision / 2)
 
