@@ -125,7 +125,8 @@ def normalize(settings: NormalizeSettings) -> None:
     scale = normalized_on(model, groups, scale=settings.scale).scale
     folder = save_scaled(settings.model, settings.output, scale)
     print(f"data: {report.summary()}")
-    print(f"{folder}: score = (raw score − {scale.score_mean:.6g}) / {scale.score_std:.6g}")
+    sign = "+" if scale.score_mean < 0 else "−"
+    print(f"{folder}: score = (raw score {sign} {abs(scale.score_mean):.6g}) / {scale.score_std:.6g}")
 
 
 def check_given(model: Sequence[str], data: Sequence[str]) -> None:
