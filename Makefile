@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 JOBS ?= 2
+# A part of the mutation run: make mutants MUTANTS="'trueup.objectives.value.*'"
+MUTANTS ?=
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format mutants bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -39,8 +41,18 @@ format: $(VENV)/.installed  ## rewrite the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+.venv-mutants/.installed: $(VENV)/.installed benchmarks/mutants-requirements.txt
+	$(BIN)/python -m venv .venv-mutants
+	$(BIN)/python -c 'import site; print(*site.getsitepackages())' > \
+	  $$(.venv-mutants/bin/python -c 'import site; print(*site.getsitepackages())')/project.pth
+	.venv-mutants/bin/pip install -q -c constraints.txt -r benchmarks/mutants-requirements.txt
+	@touch $@
+
+mutants: .venv-mutants/.installed  ## change the formulas one by one: which change does no test notice?
+	.venv-mutants/bin/python benchmarks/mutants.py --jobs $(JOBS) $(MUTANTS)
+
 bench: $(VENV)/.installed  ## step times beside TRL, in an environment of its own
 	$(PYTHON) benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) .venv-trl .pytest_cache .ruff_cache build src/*.egg-info
+	rm -rf $(VENV) .venv-trl .venv-mutants mutants .pytest_cache .ruff_cache build src/*.egg-info

@@ -217,7 +217,10 @@ def test_with_the_std_grpo_does_not_end_at_the_regularised_optimum() -> None:
 
 
 def test_running_mean_golden() -> None:
-    mean, count = running_mean(torch.tensor(0.0, dtype=torch.float64), 0, t(1, 3))
+    zero = torch.tensor(0.0, dtype=torch.float64)
+    assert running_mean(zero, 0, t()) == (0, 0)
+    assert running_mean(zero, 0, t(3)) == (3, 1)
+    mean, count = running_mean(zero, 0, t(1, 3))
     assert (mean.item(), count) == (2.0, 2)
     mean, count = running_mean(mean, count, t(5, 5, 5, 5))
     assert (mean.item(), count) == (4.0, 6)

@@ -60,6 +60,11 @@ def test_categorical_kl_of_impossible_outcomes() -> None:
     assert gradient(kl, logits).isfinite().all()
 
 
+def test_categorical_kl_names_the_other_one() -> None:
+    with pytest.raises(ValueError, match=r"^other_logprobs has the shape"):
+        categorical_kl.__wrapped__(t(0.5, 0.5).log(), t(1.0).log())
+
+
 def test_estimators_golden() -> None:
     logprobs, ref = t(0.5, 0.5).log(), t(0.25, 1.0).log()
     two = math.log(2)

@@ -107,6 +107,7 @@ def test_token_goldens() -> None:
     assert token_logprobs(logits, targets).exp().tolist() == pytest.approx([4 / 7, 1 / 3])
     # temperature 1/2 squares the odds: 1, 4, 16
     assert token_logprobs(logits, targets, temperature=0.5).exp().tolist() == pytest.approx([16 / 21, 1 / 3])
+    assert token_logprobs(2 * logits, targets, temperature=2.0).exp().tolist() == pytest.approx([4 / 7, 1 / 3])
     assert entropy(logits)[1].item() == pytest.approx(math.log(3))
     expected = -sum(p / 7 * math.log(p / 7) for p in (1, 2, 4))
     assert entropy(logits)[0].item() == pytest.approx(expected)
@@ -559,3 +560,5 @@ def test_mistaken_inputs_are_named() -> None:
     ):
         with pytest.raises(ValueError, match="temperature must be positive"):
             function()
+    with pytest.raises(ValueError, match="want names entropies"):
+        token_statistics(h.hidden, h.targets % 6, want=["entropies"])

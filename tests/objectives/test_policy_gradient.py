@@ -75,6 +75,8 @@ def test_clipped_surrogate_golden() -> None:
     torch.testing.assert_close(-clipped_surrogate(RATIOS, up, **DAPO), t(0.5, 0.9, 1.25, 1.28, 1.28))
     torch.testing.assert_close(clipped_surrogate(RATIOS, down, **DAPO), t(0.8, 0.9, 1.25, 1.5, 5.0))
     torch.testing.assert_close(-clipped_surrogate(RATIOS, up, **PPO), t(0.5, 0.9, 1.2, 1.2, 1.2))
+    nowhere_to_go = clipped_surrogate(RATIOS, up, clip_low=0.0, clip_high=0.0)
+    torch.testing.assert_close(-nowhere_to_go, t(0.5, 0.9, 1, 1, 1))
 
 
 def test_dual_clip_golden() -> None:
@@ -91,6 +93,9 @@ def test_clipped_marks_exactly_the_steps_without_gradient() -> None:
     marked = clipped(ratios, advantages, **DAPO)
     assert torch.equal(gradient(clipped_surrogate(ratios, advantages, **DAPO), ratios) == 0, marked)
     assert 0 < marked.sum() < 200
+    # at the edge there is a gradient, and an advantage of 0 has none to lose
+    assert not clipped(t(1.25, 0.75, 2.0, 0.5), t(1, -1, 0, 0), clip_low=0.25, clip_high=0.25).any()
+    assert clipped(t(1.26, 0.74), t(1, -1), clip_low=0.25, clip_high=0.25).all()
 
 
 def test_kl_penalised_golden() -> None:
@@ -107,6 +112,7 @@ def test_cispo_golden() -> None:
 
 def test_adapt_kl_penalty_golden() -> None:
     assert [adapt_kl_penalty(1.0, kl, 0.3) for kl in (0.19, 0.21, 0.3, 0.44, 0.46)] == [0.5, 1, 1, 1, 2]
+    assert [adapt_kl_penalty(1.0, kl, 1.5) for kl in (1.0, 2.25)] == [1, 1]
 
 
 def test_adapt_kl_leash_golden() -> None:
@@ -141,6 +147,7 @@ def test_constants_get_no_gradient() -> None:
     weights = ratio(logprobs, old)
     loss = (
         clipped_surrogate(weights, advantages, **PPO)
+        + dual_clipped_surrogate(weights, advantages, **PPO, clip_ratio=1.5)
         + reinforce(logprobs, advantages)
         + cispo(logprobs, weights, advantages, clip_high=0.2)
         + reinforce_discounted(logprobs, advantages, old)
@@ -376,10 +383,13 @@ def test_refusals() -> None:
             clipped_surrogate(t(1), t(1), clip_low=low, clip_high=high)
         with pytest.raises(ValueError, match="clip_low"):
             clipped(t(1), t(1), clip_low=low, clip_high=high)
-    with pytest.raises(ValueError, match="clip_ratio"):
-        dual_clipped_surrogate(t(1), t(1), **PPO, clip_ratio=1.1)
+    for too_low in (1.1, 1.2):
+        with pytest.raises(ValueError, match="clip_ratio"):
+            dual_clipped_surrogate(t(1), t(1), **PPO, clip_ratio=too_low)
     with pytest.raises(ValueError, match="clip_low"):
         cispo(t(0), t(1), t(1), clip_high=-0.5)
+    with pytest.raises(ValueError, match="clip_low"):
+        cispo(t(0), t(1), t(1), clip_high=0.5, clip_low=1.5)
     for adapt in (adapt_kl_penalty, adapt_kl_leash):
         with pytest.raises(ValueError, match="target"):
             adapt(0.1, 0.5, 0.0)

@@ -211,6 +211,13 @@ def test_padding_changes_nothing(name: str) -> None:
     torch.testing.assert_close(AGGREGATIONS[name](padded, mask), AGGREGATIONS[name](scores), rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_a_row_without_steps_leaves_the_others_alone(name: str) -> None:
+    scores, mask = random_scores(3, 4), torch.arange(4) < torch.tensor([[4], [0], [2]])
+    alone = torch.stack([AGGREGATIONS[name](*row) for row in zip(scores, mask, strict=True)])
+    torch.testing.assert_close(AGGREGATIONS[name](scores, mask), alone, rtol=0, atol=1e-15, equal_nan=True)
+
+
 def test_steps_and_rows_are_judged_one_by_one() -> None:
     scores, labels = random_scores(4, 3), random_labels(4, 3)
     order = torch.tensor([2, 0, 3, 1])

@@ -26,6 +26,11 @@ def test_half_precision_is_multiplied_where_the_cpu_can(native: bool) -> None:
     assert product_dtype(torch.zeros(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
 
 
+def test_a_pytorch_that_can_t_say_multiplies_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert product_dtype(HALF) == torch.float32
+
+
 def test_sixteen_sizes_an_octave(native: bool) -> None:
     lengths = range(1, 5000)
     padded = [length + grid_padding(length, HALF) for length in lengths]

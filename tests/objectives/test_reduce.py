@@ -44,6 +44,19 @@ def test_equal_lengths_make_all_means_equal() -> None:
         torch.testing.assert_close(result, expected)
 
 
+def test_rows_may_lie_in_any_shape() -> None:
+    values = torch.arange(12, dtype=torch.float64).view(4, 3)
+    assert sequence_mean(values) == 5.5
+    assert sequence_mean(values, None, 8) == 5.5 / 2
+    for reduction in (token_mean, sequence_mean, lambda v: constant_length_mean(v, None, 7)):
+        assert reduction(values.view(2, 1, 2, 3)) == reduction(values)
+
+
+def test_counts_are_exact_in_half_precision() -> None:
+    """There are more tokens than the largest float16."""
+    assert token_mean(torch.full((256, 300), 2**-12, dtype=torch.float16)).item() == pytest.approx(2**-12, rel=1e-3)
+
+
 def test_nothing_scored_gives_zero() -> None:
     nothing = torch.zeros_like(MASK)
     assert token_mean(VALUES, nothing) == 0

@@ -213,7 +213,9 @@ def test_with_true_values_every_return_has_the_value_as_its_mean(lambda_: float)
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="num_steps"):
         n_step_returns(REWARDS, HALF, NEXT_VALUES, num_steps=0)
-    with pytest.raises(ValueError, match="lambda_"):
+    with pytest.raises(ValueError, match=r"^lambda_ has to lie"):
         lambda_returns(REWARDS, HALF, NEXT_VALUES, lambda_=1.5)
-    with pytest.raises(ValueError, match="gamma"):
+    with pytest.raises(ValueError, match=r"^gamma has to lie"):
         discounts_from(b(0), -0.1)
+    with pytest.raises(ValueError, match=r"^gamma has to lie"):
+        elapsed_discounts(b(0), 1.1)

@@ -30,6 +30,8 @@ def test_losses_golden() -> None:
     # old value 0, clip 1: the value 3 counts as 1 if that is worse: target 5: ½·(1−5)² = 8 > ½·(3−5)² = 2;
     # target 0: ½·3² > ½·1²; inside the range both are the same
     assert clipped_value_loss(t(3, 3, 0.5), t(0, 0, 0), t(5, 0, 1), clip=1.0).tolist() == [8, 4.5, 0.125]
+    assert clipped_value_loss(t(-3, -3), t(0, 0), t(-5, 0), clip=1.0).tolist() == [8, 4.5]
+    assert clipped_value_loss(t(3, 3), t(1, 1), t(5, 0), clip=0.0).tolist() == [8, 4.5]
     assert huber_value_loss(t(0.5, 3, -3), t(0, 0, 0), delta=1.0).tolist() == [0.125, 2.5, 2.5]
     assert huber_value_loss(t(3), t(0), delta=2.0).tolist() == [4]
 
@@ -173,3 +175,6 @@ def test_refusals() -> None:
         clipped_value_loss(t(0), t(0), t(0), clip=-1.0)
     with pytest.raises(ValueError, match="delta"):
         huber_value_loss(t(0), t(0), delta=0.0)
+    # an estimate with another number of actions would be looked up all the same
+    with pytest.raises(ValueError, match="next_q_evaluating has the shape"):
+        double_q_learning_target.__wrapped__(t(0), t(1), torch.zeros(1, 2), torch.zeros(1, 3))

@@ -57,7 +57,7 @@ def gae(
     Raises ``ValueError`` if the shapes differ or λ lies outside [0, 1].
     Source: Schulman et al. 2016 (arXiv 1506.02438), eq. 16.
     """
-    require_same_shape(rewards, discounts=discounts, values=values, next_values=next_values)
+    require_same_shape(rewards, values=values, next_values=next_values)
     # Written with TD errors, not as λ-return − V: no large numbers are subtracted.
     errors = rewards + discounts * next_values - values
     return lambda_returns(
@@ -207,7 +207,7 @@ def whiten(
     proximal policy optimization"); REINFORCE++ (Hu 2025, arXiv 2501.03262).
     """
     _, mean, variance = statistics_of(x, mask) if statistics is None else statistics
-    y = (x - mean) / (variance.sqrt() + eps)
+    y = (fill_masked(x, mask) - mean) / (variance.sqrt() + eps)
     if not center:
         y = y + mean
     return fill_masked(y, mask)

@@ -75,7 +75,8 @@ def sequence_ratio_per_token(
     """
     value = sequence_ratio(logprobs, old_logprobs, mask).detach().unsqueeze(-1)
     # exp(x − sg[x]) is 1 and has the gradient of x.
-    per_token = value * (logprobs - logprobs.detach()).exp()
+    scored = fill_masked(logprobs, mask)
+    per_token = value * (scored - scored.detach()).exp()
     return fill_masked(per_token, mask, 1.0)
 
 
@@ -108,7 +109,7 @@ def reinforce_discounted(
     Raises ``ValueError`` if they differ.
     Source: Sutton & Barto 2018, §13.3; Sutton et al. 2000 (policy gradient theorem).
     """
-    require_same_shape(logprobs, advantages=advantages, elapsed_discounts=elapsed_discounts)
+    require_same_shape(logprobs, elapsed_discounts=elapsed_discounts)
     return elapsed_discounts.detach() * reinforce(logprobs, advantages)
 
 
@@ -213,9 +214,10 @@ def cispo(
     Raises ``ValueError`` if they differ, or unless 0 ≤ ε_low ≤ 1 and 0 ≤ ε_high.
     Source: MiniMax 2025 (MiniMax-M1, arXiv 2506.13585).
     """
-    require_same_shape(logprobs, ratio=ratio, advantages=advantages)
-    _clip_range(1.0 if clip_low is None else clip_low, clip_high)
-    weight = ratio.detach().clamp(0.0 if clip_low is None else 1 - clip_low, 1 + clip_high)
+    require_same_shape(logprobs, ratio=ratio)
+    low = 1.0 if clip_low is None else clip_low
+    _clip_range(low, clip_high)
+    weight = ratio.detach().clamp(1 - low, 1 + clip_high)
     return weight * reinforce(logprobs, advantages)
 
 

@@ -32,7 +32,7 @@ def process_reward_loss(
     al. 2023 (Math-Shepherd, arXiv 2312.08935): labels estimated by finishing the solution several times.
     """
     require_same_shape(scores, labels=labels)
-    scores, labels = fill_masked(scores, mask), fill_masked(labels, mask)
+    scores = fill_masked(scores, mask)
     return fill_masked(-(labels * logsigmoid(scores) + (1 - labels) * logsigmoid(-scores)), mask)
 
 
@@ -45,10 +45,9 @@ def last_step_score(
 
     In the units of ``scores``. NaN for a row without steps. Raises ``ValueError`` for shapes that differ.
     """
-    require_same_shape(scores, mask=mask)
-    number = torch.arange(1, scores.shape[-1] + 1, device=scores.device).expand(scores.shape)
-    present = number if mask is None else number * mask
-    is_last = number == present.amax(-1, keepdim=True)
+    steps = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    number = steps.cumsum(-1)
+    is_last = steps & (number == number[..., -1:])
     # A row without steps has no last one, and a sum over nothing is 0: that would be a score.
     return torch.where(is_last.any(-1), fill_masked(scores, is_last).sum(-1), torch.nan)
 

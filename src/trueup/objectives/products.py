@@ -15,7 +15,7 @@ _INSTRUCTIONS = {
 def cpu_multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions for products of this half-precision type; without them float32 is faster."""
     has = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch before 2.12 can't say
-    return any(has.get(feature, False) for feature in _INSTRUCTIONS[dtype])
+    return any(has.get(feature) for feature in _INSTRUCTIONS[dtype])
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -50,8 +50,9 @@ def next_values(
     Shapes: values and mask [..., T], bootstrap [...] → [..., T]; 0 where masked.
     Raises ``ValueError`` if the shapes differ.
     """
-    require_same_shape(values, mask=mask)
-    end = values.new_zeros(values.shape[:-1]) if bootstrap is None else bootstrap
+    nothing = values.new_zeros(values.shape[:-1])
+    require_same_shape(nothing, bootstrap=bootstrap)
+    end = nothing if bootstrap is None else bootstrap
     shifted = torch.cat([values, end.unsqueeze(-1)], -1).gather(-1, _following(values, mask))
     return fill_masked(shifted, mask)
 
@@ -72,7 +73,7 @@ def discounted_returns(
     every recording ends by termination. Shapes: all [..., T]. Units: those of the rewards.
     Raises ``ValueError`` if the shapes differ. Source: Sutton & Barto 2018, eq. 3.8 and 3.9.
     """
-    require_same_shape(rewards, next_values=next_values, truncated=truncated, mask=mask)
+    require_same_shape(rewards, next_values=next_values)
     values = torch.zeros_like(rewards)
     if next_values is not None:
         values = torch.where(_cut(rewards, truncated, mask), next_values, values)
@@ -98,7 +99,7 @@ def lambda_returns(
     Source: Sutton & Barto 2018, §12.1; with a discount per step §12.8.
     """
     _fraction("lambda_", lambda_)
-    require_same_shape(rewards, discounts=discounts, next_values=next_values, truncated=truncated, mask=mask)
+    require_same_shape(rewards, discounts=discounts, next_values=next_values, truncated=truncated)
     mixing = lambda_ * (~_cut(rewards, truncated, mask)).to(rewards.dtype)
     inputs = rewards + discounts * (1 - mixing) * next_values
     return reverse_scan(inputs, discounts * mixing, mask)
@@ -124,7 +125,7 @@ def n_step_returns(
     """
     if num_steps < 1:
         raise ValueError(f"num_steps has to be at least 1, not {num_steps}")
-    require_same_shape(rewards, discounts=discounts, next_values=next_values, truncated=truncated, mask=mask)
+    require_same_shape(rewards, discounts=discounts, next_values=next_values, truncated=truncated)
     one_step = rewards + discounts * next_values
     cut = _cut(rewards, truncated, mask)
     # A cut step doesn't look at the step after it, so any index will do there.
@@ -157,7 +158,7 @@ def elapsed_discounts(
     number = steps.cumsum(-1) - 1
     begun_next = torch.where(ended & steps, number + 1, 0).cummax(-1).values
     age = number - torch.nn.functional.pad(begun_next[..., :-1], (1, 0))
-    weights = torch.tensor(gamma, dtype=dtype or torch.get_default_dtype(), device=ended.device) ** age
+    weights = torch.full_like(age, gamma, dtype=dtype or torch.get_default_dtype()) ** age
     return fill_masked(weights, mask)
 
 
@@ -173,7 +174,7 @@ def reverse_scan(
     Shapes: all [..., T]. Differentiable. Raises ``ValueError`` if the shapes differ.
     Source: Blelloch 1990, "Prefix sums and their applications" (recurrences as scans), in Hillis and Steele's form.
     """
-    require_same_shape(inputs, decays=decays, mask=mask)
+    require_same_shape(inputs, decays=decays)
     num_steps = inputs.shape[-1]
     sums, products = fill_masked(inputs, mask), fill_masked(decays, mask, 1.0)
     reach = 1

@@ -132,7 +132,7 @@ def sarsa_target(
     Shapes: [...] and [..., A] → [...]. Units: rewards. Raises ``ValueError`` if the shapes differ.
     Source: Rummery & Niranjan 1994; Sutton & Barto 2018, eq. 6.7.
     """
-    require_same_shape(rewards, next_actions=next_actions)
+    require_same_shape(next_q[..., 0], next_actions=next_actions)
     return td_target(rewards, discounts, next_q.gather(-1, next_actions.unsqueeze(-1)).squeeze(-1))
 
 
