@@ -8,8 +8,8 @@
 or a hub name. Each step prints its loss, the implicit rewards of both sides, and how often the chosen one is ahead.
 ``dpo_with_trl.py`` does the same with TRL, and so does
 
-    trueup preference --model MODEL --data pairs.jsonl --streaming --max-steps 4 --batch-size 4 --learning-rate 1e-5 \
-        --lr-schedule constant
+    trueup preference --model MODEL --data pairs.jsonl --output runs/dpo --streaming --max-steps 4 --batch-size 4 \
+        --learning-rate 1e-5 --lr-schedule constant --dtype float32
 """
 
 import argparse
@@ -32,14 +32,18 @@ Pair = tuple[list[int], list[int], list[int]]
 def read_pairs(path: str, tokenizer: Any) -> list[Pair]:
     """Every completion ends with the end token, so that a model learns to stop."""
 
-    def completion(text: str) -> list[int]:
-        return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    def tokens(prompt: str, *texts: str) -> Iterator[list[int]]:
+        start = tokenizer(prompt)["input_ids"]
+        yield start
+        for text in texts:
+            # Behind its prompt: many tokenizers put a space in front of a text that stands alone.
+            whole = tokenizer(prompt + text)["input_ids"]
+            alone = tokenizer(text, add_special_tokens=False)["input_ids"]
+            yield [*(whole[len(start) :] if whole[: len(start)] == start else alone), tokenizer.eos_token_id]
 
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines if line.strip()]
-    return [
-        (tokenizer(row["prompt"])["input_ids"], completion(row["chosen"]), completion(row["rejected"])) for row in rows
-    ]
+    return [tuple(tokens(row["prompt"], row["chosen"], row["rejected"])) for row in rows]
 
 
 def sequence_logprob(model: Any, prompt: list[int], completion: list[int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from trueup.cli.demo import DemoSettings, Problem, demo, problems
@@ -21,8 +22,9 @@ def test_train_and_held_out_share_nothing():
     assert problems(seed=1)[1] != held_out
 
 
-def test_the_demo_in_small(tmp_path: Path, capsys):
+def test_the_demo_in_small(tmp_path: Path, capsys, monkeypatch):
     folder = tmp_path / "demo"
+    monkeypatch.setenv("TRUEUP_CACHE", str(tmp_path / "cache"))
     demo(DemoSettings(output=str(folder), sft_steps=3, reward_steps=2, dpo_steps=2, quiet=True))
     printed = capsys.readouterr().out
     for stage in ("untrained", "supervised fine-tuning", "reward model", "DPO", "DPO with likelihood"):
@@ -32,3 +34,7 @@ def test_the_demo_in_small(tmp_path: Path, capsys):
     assert 0.70 < sum(right) / len(right) < 0.76  # 45 % of the sums carry, 60 % of those are spoilt
     for run in ("sft", "reward", "dpo", "rpo"):
         assert list((folder / run / "checkpoints").glob("step-*/model/model.safetensors"))
+    assert not (tmp_path / "cache").exists(), "the user's cache is left alone"
+    (known,) = (folder / "cache" / "reference").iterdir()
+    assert known.suffix == ".safetensors"  # one for both stages that compare with the same reference
+    assert os.environ["TRUEUP_CACHE"] == str(tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""The command line's flags, frozen: a change of a name, type or default has to be meant.
+"""The command line's flags, frozen: a change of a name, type or default has to be meant. Their order is free.
 
 ``python tests/cli/test_flags.py`` writes ``flags.txt`` anew.
 """
@@ -41,7 +41,10 @@ def all_flags() -> str:
 
 
 def test_flags_are_as_frozen():
-    assert all_flags() == FROZEN.read_text(encoding="utf-8"), "meant? then: python tests/cli/test_flags.py"
+    frozen = FROZEN.read_text(encoding="utf-8")
+    assert sorted(all_flags().splitlines()) == sorted(frozen.splitlines()), (
+        "meant? then: python tests/cli/test_flags.py"
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from trueup.cli.data import CheckSettings, check
 from trueup.cli.main import main
-from trueup.data.chat import TokenizeSettings
 from trueup.data.check import check_data, print_check, visible
+from trueup.data.settings import TokenizeSettings
 from trueup.errors import DataError, SettingsError
 
 PAIR = {"prompt": "one two three", "chosen": "four five", "rejected": "six"}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,8 +27,9 @@ from trueup.data.collate import (
     split_holdout,
     train_all_tokens,
 )
-from trueup.data.formats import ReadReport, read_examples
-from trueup.errors import SettingsError
+from trueup.data.formats import read_examples
+from trueup.data.report import ReadReport
+from trueup.errors import DataError, SettingsError
 from trueup.records import Completion, CompletionGroup, RankedCompletions
 
 
@@ -196,6 +199,13 @@ def test_one_prompt_becomes_one_group() -> None:
     assert [completion.tokens.tolist() for completion in shared.completions] == [[5], [7, 8], [5]]
     assert shared.where == "a:1, a:3, a:4"
     assert [group.num_tokens for group in merge_prompts(groups, 5)] == [5, 3, 3]  # 2 + 1 + 2, and the last one alone
+
+
+@pytest.mark.parametrize("judged", [{"margin": 0.0}, {"desirable": (False,)}])
+def test_what_is_compared_is_not_merged(judged: dict[str, Any]) -> None:
+    groups = [demonstration([1, 2], 5), replace(demonstration([1, 2], 6, where="a:2"), **judged)]
+    with pytest.raises(DataError, match="a:2: completions that are compared or labelled"):
+        merge_prompts(groups, 100)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5)), max_size=25), st.integers(1, 30))

@@ -6,7 +6,9 @@ import json
 import re
 from pathlib import Path
 
-from trueup.data.formats import FORMATS, ReadReport, Row, detect_format, read_examples
+from trueup.data.formats import FORMATS, detect_format, read_examples
+from trueup.data.report import ReadReport
+from trueup.data.rows import Row
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 

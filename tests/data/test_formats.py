@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trueup.data.formats import FORMATS, ReadReport, Row, Task, detect_format, hh_conversation, read_examples
+from trueup.data.data_format import Task
+from trueup.data.dialogues import hh_conversation
+from trueup.data.formats import FORMATS, detect_format, read_examples
+from trueup.data.report import ReadReport
+from trueup.data.rows import Row
 from trueup.errors import DataError
 from trueup.records import RankedCompletions
 

@@ -13,9 +13,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from trueup.data.chat import TokenizeSettings, tokenize_group
-from trueup.data.formats import FORMATS, ReadReport, Row, hh_conversation, read_examples, split_at_turns
-from trueup.data.rows import read_rows
+from trueup.data.chat import tokenize_group
+from trueup.data.dialogues import hh_conversation, split_at_turns
+from trueup.data.formats import FORMATS, read_examples
+from trueup.data.report import ReadReport
+from trueup.data.rows import Row, read_rows
+from trueup.data.settings import TokenizeSettings
 from trueup.errors import DataError
 from trueup.records import RankedCompletions
 

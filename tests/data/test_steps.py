@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from trueup.data.chat import TokenizeSettings, load_groups, tokenize_group
+from trueup.data.chat import load_groups, tokenize_group
 from trueup.data.check import check_data, print_check
-from trueup.data.formats import ReadReport
+from trueup.data.report import ReadReport
+from trueup.data.settings import TokenizeSettings
 from trueup.errors import ModelError
 from trueup.records import Completion, CompletionGroup, RankedCompletions, StopReason
 

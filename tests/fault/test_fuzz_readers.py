@@ -22,7 +22,9 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from trueup.data.formats import ReadReport, Task, read_examples
+from trueup.data.data_format import Task
+from trueup.data.formats import read_examples
+from trueup.data.report import ReadReport
 from trueup.data.rows import scan_rows
 from trueup.errors import TrueupError
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+import torch
+from safetensors.torch import load_file
 
 from trueup.runs.checkpoint import latest_checkpoint
 from trueup.runs.folder import read_lines
@@ -84,9 +85,14 @@ def left(folder: Path) -> dict[str, Any]:
         "metrics": metrics,
         "samples": samples.read_text() if samples.exists() else None,
         "checkpoints": sorted(path.name for path in newest.parent.iterdir()),
-        "weights": {name: array.tobytes() for name, array in load_file(newest / "model" / "model.safetensors").items()},
+        "weights": {name: bits(each) for name, each in load_file(newest / "model" / "model.safetensors").items()},
         "files": sorted(path.name for path in folder.iterdir()),
     }
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """As they are in memory: NumPy has no bfloat16, which is what ``--dtype auto`` takes where the CPU has it."""
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def check(loop: str, kills: list[Any], ends: Callable[..., list[int]], settings: dict[str, Any], tmp_path: Path) -> int:

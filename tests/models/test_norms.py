@@ -12,7 +12,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from trueup.models import norms
-from trueup.models.norms import sweep_norms
+from trueup.models.norms import swap_norms
 
 DIM = 24
 
@@ -26,7 +26,7 @@ def plain(dtype: torch.dtype = torch.float32, kind: Any = LlamaRMSNorm) -> nn.Mo
 
 def swept(dtype: torch.dtype = torch.float32) -> nn.Module:
     norm = plain(dtype)
-    sweep_norms(norm)
+    swap_norms(norm)
     return norm
 
 
@@ -76,7 +76,7 @@ def test_other_norms_are_left_alone() -> None:
     """Gemma multiplies by 1 + w; a LayerNorm is none."""
     model = nn.Sequential(plain(kind=Gemma2RMSNorm), nn.LayerNorm(DIM))
     kinds = [type(module) for module in model]
-    sweep_norms(model)
+    swap_norms(model)
     assert [type(module) for module in model] == kinds
 
 
@@ -95,5 +95,5 @@ def test_a_copy_has_weights_of_its_own() -> None:
 def test_sweeping_twice_is_sweeping_once() -> None:
     norm = swept()
     kind = type(norm)
-    sweep_norms(norm)
+    swap_norms(norm)
     assert type(norm) is kind

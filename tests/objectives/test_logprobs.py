@@ -351,13 +351,18 @@ def test_no_gradient_at_all() -> None:
     assert_close(found, materialized(h.hidden, h.weight, h.targets), rtol=1e-12, atol=1e-12)
 
 
+def halved(found: TokenStatistics) -> TokenStatistics:
+    """With half the collision: Σ_v p_v² sees logits twice as large, and twice what rounding does to them."""
+    assert found.log_collision is not None
+    return found._replace(log_collision=found.log_collision / 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_against_float32_truth(dtype: torch.dtype) -> None:
     """The truth: float64 on the same rounded inputs. Tolerances: what rounding logits of this size in that type costs.
 
-    bfloat16 has 8 bits: products of about 3 are off by up to 2⁻⁷ each where the machine multiplies in bfloat16, twice
-    that in the collision of two draws, and gradients by 2⁻⁸ of the largest. Softmax and sums in bfloat16 would be far
-    beyond these bounds.
+    bfloat16 has 8 bits: products of about 3 are off by up to 2⁻⁷ each where the machine multiplies in bfloat16, and
+    gradients by 2⁻⁸ of the largest. Softmax and sums in bfloat16 would be ten times worse than these bounds.
     """
     h = head(num_tokens=40, dim=16, vocab=500, dtype=dtype)
     hidden, weight = (h.hidden.detach() / 2).requires_grad_(), (h.weight.detach() / 2).requires_grad_()
@@ -365,7 +370,7 @@ def test_half_precision_against_float32_truth(dtype: torch.dtype) -> None:
     assert {each.dtype for each in found if each is not None} == {torch.float32}
     expected = materialized(hidden, weight, h.targets)
     rounding = torch.finfo(dtype).eps
-    assert_close(found, expected, rtol=0, atol=4 * rounding)
+    assert_close(halved(found), halved(expected), rtol=0, atol=2 * rounding)
     gradients = torch.autograd.grad(pull(found), [hidden, weight])
     truth = torch.autograd.grad(pull(expected), [hidden, weight])
     for gradient, true in zip(gradients, truth, strict=True):

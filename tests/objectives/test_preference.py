@@ -17,11 +17,12 @@ from torch.nn.functional import logsigmoid, softplus
 
 from trueup.objectives.logprobs import sequence_logprobs
 from trueup.objectives.optimum import kl_regularized_optimum
-from trueup.objectives.pointwise import apo_zero
+from trueup.objectives.pointwise import apo_zero, sppo
 from trueup.objectives.preference import (
     MAX_EXPONENT,
     Divergence,
     aot,
+    aot_unpaired,
     apo_down,
     bradley_terry_logprob,
     conservative_dpo,
@@ -123,6 +124,12 @@ def test_margin_of_a_list_is_the_lead_of_its_first() -> None:
     assert reward_model_loss(t(1, 2, 3).log(), margin=t(1).squeeze()).item() == pytest.approx(expected)
 
 
+def test_plackett_luce_dpo_golden() -> None:
+    # implicit rewards log 1, log 2, log 3, log 4: the ranking of 1/105 above, whatever the reference
+    logprobs, ref = t(1, 2, 3, 4).log() / 0.5 + t(-9, -7, -5, -3), t(-9, -7, -5, -3)
+    assert plackett_luce_dpo(logprobs, ref, beta=0.5).item() == pytest.approx(math.log(105), rel=1e-14)
+
+
 def test_pair_loss_goldens() -> None:
     pair = t(1), t(-2)  # log-ratios, so h = 3
     three_to_one = math.log(3) / 3  # with this β, β·h = log 3 and σ(β·h) = 3/4
@@ -146,6 +153,9 @@ def test_pair_loss_goldens() -> None:
     assert apo_down(t(-1), t(-2), beta=math.log(3)).item() == pytest.approx(1 / 4 + 1 / 4)
     assert aot(t(-4), t(-7), beta=three_to_one).item() == pytest.approx(-math.log(3 / 4))
     assert aot(t(-4), t(-7), beta=three_to_one, label_smoothing=0.25).item() == pytest.approx(smoothed.item())
+    # what is seen at odds of 3 to 1 from the chosen end, and at even odds from the rejected end
+    ends = aot_unpaired(t(-4), t(2), chosen_matched=t(-7), rejected_matched=t(-2), beta=three_to_one)
+    assert ends.item() == pytest.approx(-(math.log(3 / 4) + math.log(1 / 2)) / 2)
 
 
 def test_discopop_turns_where_the_paper_says() -> None:
@@ -203,11 +213,25 @@ def test_gradients_of_divergence_rewards(divergence: Divergence, alpha: float) -
     assert torch.autograd.gradcheck(lambda u: divergence_rewards(u, divergence, alpha=alpha), log_ratios)
 
 
+def whole_aot_unpaired(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Matched anew for every argument: the matches take no gradient, and need none."""
+    return aot_unpaired(
+        chosen,
+        rejected,
+        chosen_matched=match_ranks(chosen, rejected),
+        rejected_matched=match_ranks(-rejected, -chosen),
+        beta=0.7,
+        label_smoothing=0.1,
+    )
+
+
 def test_gradients_of_aot_and_desensitized_logprobs() -> None:
     values, targets = random_pair(5)
     values.requires_grad_()
     matched = match_ranks(values, targets)
     assert torch.autograd.gradcheck(lambda v: aot(v, matched, beta=0.7, label_smoothing=0.1), values)
+    sides = tuple(side.requires_grad_() for side in random_pair(5))
+    assert torch.autograd.gradcheck(lambda *sides: whole_aot_unpaired(*sides).sum(), sides)
     mask = torch.tensor([[True, True, False, True], [True, True, True, True]])
     shared = torch.tensor([2, 3])
     logprobs = random_logprobs(2, 4).requires_grad_()
@@ -225,6 +249,7 @@ def test_matches_and_weights_take_no_gradient() -> None:
 def test_gradients_of_ranked_losses() -> None:
     scores, margin = random_normal(3, 4).requires_grad_(), random_normal(3, seed=1).requires_grad_()
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 0]], dtype=torch.bool)
+    assert torch.autograd.gradcheck(bradley_terry_logprob, (scores[:, 0], scores[:, 1]))
     assert torch.autograd.gradcheck(plackett_luce_logprob, (scores,))
     assert torch.autograd.gradcheck(lambda s: plackett_luce_logprob(s, mask), (scores,))
     assert torch.autograd.gradcheck(
@@ -340,6 +365,33 @@ def test_apo_down_anchors_the_chosen_and_compares_the_pair() -> None:
     good = torch.ones(6, dtype=torch.bool)
     anchored = apo_zero(chosen, ~good, beta=0.7) + apo_zero(chosen - rejected, good, beta=0.7)
     torch.testing.assert_close(apo_down(chosen, rejected, beta=0.7), anchored, rtol=1e-13, atol=0)
+
+
+def test_hinge_is_a_logistic_loss_that_is_infinitely_sharp() -> None:
+    """−log σ(k·(z − 1))/k → max(0, 1 − z), never further away than log 2/k."""
+    chosen, rejected = random_pair(20)
+    sharp = dpo(chosen - 1 / 0.7, rejected, beta=0.7e6) / 1e6
+    torch.testing.assert_close(sharp, hinge(chosen, rejected, beta=0.7), rtol=0, atol=math.log(2) / 1e6)
+
+
+def test_ipo_is_sppo_of_the_margin_with_a_certain_win() -> None:
+    chosen, rejected = random_pair(6)
+    expected = sppo(chosen - rejected, torch.ones(6, dtype=torch.float64), beta=0.7)
+    torch.testing.assert_close(ipo(chosen, rejected, beta=0.7), expected, rtol=1e-13, atol=0)
+
+
+def test_aot_is_dpo_where_every_margin_has_the_rank_of_its_reference() -> None:
+    margins, ref_margins = (each.sort().values for each in random_pair(6))
+    ours = aot(margins, match_ranks(margins, ref_margins), beta=0.7)
+    assert torch.equal(ours, dpo(margins, ref_margins, beta=0.7))
+    alone = aot(margins[3:4], match_ranks(margins[3:4], ref_margins[:1]), beta=0.7)  # a batch of one
+    assert torch.equal(alone, dpo(margins[3:4], ref_margins[:1], beta=0.7))
+
+
+def test_a_margin_of_the_reward_model_is_points_off_the_first() -> None:
+    scores, margin = random_normal(5, 3), random_normal(5, seed=1)
+    handicapped = torch.cat([scores[:, :1] - margin[:, None], scores[:, 1:]], 1)
+    assert torch.equal(reward_model_loss(scores, margin=margin), reward_model_loss(handicapped))
 
 
 def test_dpo_is_the_reward_model_loss_of_implicit_rewards() -> None:
@@ -517,6 +569,93 @@ def test_where_the_margin_of_a_pair_ends(
     torch.testing.assert_close(beta * newton(population, t(0, 0, 0, 0)), rewards_margin(probability), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("probability", [0.51, 0.7, 0.99])
+def test_hinge_ends_at_one_whichever_label_is_the_likelier(probability: float) -> None:
+    """Its expected slope changes sign at z = 1 (at −1 where the pair is labelled wrong more often), and only there."""
+    beta = 0.6
+    margins = (torch.linspace(-3, 3, 61, dtype=torch.float64) + 0.05).requires_grad_()
+    zero = torch.zeros_like(margins)
+    for share, turn in ((probability, 1), (1 - probability, -1)):
+        expected = share * hinge(margins / beta, zero, beta=beta) + (1 - share) * hinge(zero, margins / beta, beta=beta)
+        (slope,) = torch.autograd.grad(expected.sum(), margins)
+        assert torch.equal(slope > 0, margins > turn)
+        assert torch.equal(slope < 0, margins < turn)
+
+
+def test_sharp_discopop_ends_where_an_exponential_and_a_logistic_slope_balance(newton: Any) -> None:
+    """τ → 0: p·e^(−z) = (1 − p)·σ(z), so e^(−z) = (√(1 + 4·(1 − p)/p) − 1)/2 for a pair that is right with p > ⅔."""
+    probability, beta, nothing = t(0.7, 0.9, 0.999), 0.6, t(0, 0, 0)
+    loss = partial(discopop, beta=beta, tau=1e-6)
+
+    def population(z: Tensor) -> Tensor:
+        return (probability * loss(z / beta, nothing) + (1 - probability) * loss(nothing, z / beta)).sum()
+
+    closed_form = -torch.log(((1 + 4 * (1 - probability) / probability).sqrt() - 1) / 2)
+    assert (closed_form > 0).all()
+    torch.testing.assert_close(newton(population, t(1, 2, 5)), closed_form, rtol=0, atol=1e-10)
+
+
+def test_apo_down_lowers_both_sides_of_a_pair_that_is_not_certain() -> None:
+    """In the mean over its label, right with p, a pair (a, b) has these slopes: both positive at the reference."""
+    probability, beta = t(0.6, 0.8, 0.95, 1), 0.6
+
+    def slopes(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+        expected = probability * apo_down(a, b, beta=beta) + (1 - probability) * apo_down(b, a, beta=beta)
+        return torch.autograd.grad(expected.sum(), (a, b))
+
+    def bell(x: Tensor) -> Tensor:
+        return beta * torch.sigmoid(beta * x) * torch.sigmoid(-beta * x)
+
+    a, b = random_pair(4)
+    ours, compared = slopes(a, b), (2 * probability - 1) * bell(a - b)
+    torch.testing.assert_close(ours[0], probability * bell(a) - compared, rtol=1e-12, atol=1e-16)
+    torch.testing.assert_close(ours[1], (1 - probability) * bell(b) + compared, rtol=1e-12, atol=1e-16)
+    at_reference = slopes(t(0, 0, 0, 0), t(0, 0, 0, 0))
+    torch.testing.assert_close(at_reference[0], beta / 4 * (1 - probability), rtol=0, atol=1e-16)
+    torch.testing.assert_close(at_reference[1], beta / 4 * probability, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 3.0])
+def test_rpo_ends_where_the_chosen_are_drawn_from_if_that_is_dpo_s_optimum(
+    preferences: Any, newton: Any, alpha: float
+) -> None:
+    """The likelihood is at its best at the distribution q of chosen completions (of one token). With the reference
+    q·exp(−r/β) so is DPO, and their sum ends there for every α; with another reference it ends between the two."""
+    problem, beta = preferences(3), 0.8
+    drawn = torch.zeros(5, dtype=torch.float64)
+    drawn.index_add_(0, problem.first, problem.weights * problem.first_wins)
+    drawn.index_add_(0, problem.second, problem.weights * (1 - problem.first_wins))
+    chosen = (drawn / drawn.sum()).log()
+
+    def minimiser(ref: Tensor) -> Tensor:
+        def population(logits: Tensor) -> Tensor:
+            logprobs = logits.log_softmax(-1)
+            u = logprobs - ref
+            return problem.loss(lambda w, r: rpo(u[w], u[r], logprobs[w], beta=beta, alpha=alpha))
+
+        return newton(population, ref).log_softmax(-1)
+
+    torch.testing.assert_close(minimiser((chosen - problem.rewards / beta).log_softmax(-1)), chosen, rtol=0, atol=1e-9)
+    elsewhere = minimiser(problem.ref)
+    optimum, _ = kl_regularized_optimum(problem.ref, problem.rewards, beta)
+    assert (elsewhere - chosen).abs().max() > 0.01
+    assert (elsewhere - optimum).abs().max() > 0.01
+
+
+def test_aot_lifts_every_quantile_by_the_same(newton: Any) -> None:
+    """With softened labels the sorted values end log((1 − ε)/ε)/β above the sorted targets."""
+    start, targets = random_normal(6), random_normal(6, seed=1)
+    beta, noise = 0.7, 0.2
+
+    def population(values: Tensor) -> Tensor:
+        return aot(values, match_ranks(values, targets), beta=beta, label_smoothing=noise).sum()
+
+    ended = newton(population, start)
+    lift = math.log((1 - noise) / noise) / beta
+    torch.testing.assert_close(ended.sort().values, targets.sort().values + lift, rtol=0, atol=1e-9)
+
+
 def test_plackett_luce_dpo_ends_at_the_kl_regularised_optimum(newton: Any) -> None:
     beta, rewards, ref = 0.5, random_normal(4, seed=5), random_normal(4, seed=6).log_softmax(-1)
     rankings = torch.tensor(list(itertools.permutations(range(4), 3)))  # all ranked triples of four responses
@@ -636,7 +775,7 @@ def test_micro_batches_of_paired_aot_add_up_to_the_batch() -> None:
 
 
 def test_micro_batches_of_unpaired_aot_add_up_to_the_batch() -> None:
-    """Both sides move; each takes its matches from the whole batch, and the sum of both is the batch's gradient."""
+    """Both sides move; each takes its matches from the whole batch, and value and gradient are those of the batch."""
     parameters = random_normal(3, seed=2).requires_grad_()
     chosen, rejected = (features @ parameters for features in FEATURES)
     sorted_losses = -logsigmoid(0.7 * (chosen.sort().values - rejected.sort().values))
@@ -644,16 +783,17 @@ def test_micro_batches_of_unpaired_aot_add_up_to_the_batch() -> None:
     above, below = match_ranks(chosen, rejected), match_ranks(-rejected, -chosen)
     parts, value = torch.zeros(3, dtype=torch.float64), 0.0
     for chosen_rows, rejected_rows in zip(torch.arange(7).split(3), torch.randperm(7).split(3), strict=True):
-        losses = torch.cat(
-            [
-                aot(FEATURES[0][chosen_rows] @ parameters, above[chosen_rows], beta=0.7),
-                aot(-FEATURES[1][rejected_rows] @ parameters, below[rejected_rows], beta=0.7),
-            ]
+        losses = aot_unpaired(
+            FEATURES[0][chosen_rows] @ parameters,
+            FEATURES[1][rejected_rows] @ parameters,
+            chosen_matched=above[chosen_rows],
+            rejected_matched=below[rejected_rows],
+            beta=0.7,
         )
         parts += torch.autograd.grad(losses.sum() / 7, parameters)[0]
         value += losses.sum().item() / 7
     torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-15)
-    assert value == pytest.approx(2 * sorted_losses.mean().item(), rel=1e-13)
+    assert value == pytest.approx(sorted_losses.mean().item(), rel=1e-13)
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
@@ -665,8 +805,71 @@ def test_losses_come_back_unreduced_for_any_batch_shape(name: str) -> None:
     assert torch.equal(PAIR_LOSSES[name](chosen[0], rejected[0]), flat[0])
 
 
+RANKED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "plackett_luce_logprob": lambda scores, margin, mask: plackett_luce_logprob(scores, mask),
+    "reward_model_loss": lambda scores, margin, mask: reward_model_loss(
+        scores, margin=margin, centering_coef=0.2, mask=mask
+    ),
+    "plackett_luce_dpo": lambda scores, margin, mask: plackett_luce_dpo(
+        scores, scores.detach().sin(), beta=0.7, mask=mask
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_lists_are_judged_one_by_one_and_micro_batches_add_up(name: str) -> None:
+    """Whatever stands beside a list, in whatever order, and however wide the batch is: its loss and its gradient."""
+    scores, margin = random_normal(6, 4).requires_grad_(), random_normal(6, seed=1)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
+    whole = RANKED[name](scores, margin, mask)
+    (gradient,) = torch.autograd.grad(whole.sum() / 6, scores)
+    order = torch.tensor([4, 0, 5, 2, 1, 3])
+    torch.testing.assert_close(RANKED[name](scores[order], margin[order], mask[order]), whole[order])
+    added = torch.zeros_like(scores)
+    for rows in order.split([1, 3, 2]):
+        width = int(mask[rows].sum(-1).max())
+        losses = RANKED[name](scores[rows, :width], margin[rows], mask[rows, :width])
+        torch.testing.assert_close(losses, whole[rows], rtol=1e-12, atol=1e-14)
+        added += torch.autograd.grad(losses.sum() / 6, scores)[0]
+    torch.testing.assert_close(added, gradient, rtol=1e-12, atol=1e-14)
+
+
 def test_ranked_losses_take_any_batch_shape() -> None:
     assert plackett_luce_logprob(random_normal(2, 3, 4)).shape == (2, 3)
+
+
+def test_pairs_by_index_are_judged_one_by_one() -> None:
+    """In whatever order completions and pairs are given, and in parts that add up."""
+    pi, ref = random_logprobs(6).requires_grad_(), random_logprobs(6, seed=1)
+    winners, losers = torch.tensor([0, 3, 0, 5]), torch.tensor([1, 2, 5, 4])
+    losses, rewards = dpo_by_index(pi, ref, winners, losers, 0.3)
+    order = torch.tensor([3, 5, 0, 1, 4, 2])
+    place = order.argsort()
+    again, rewards_again = dpo_by_index(pi[order], ref[order], place[winners], place[losers], 0.3)
+    assert torch.equal(again, losses)
+    assert torch.equal(rewards_again, rewards[order])
+    parts = [dpo_by_index(pi, ref, winners[rows], losers[rows], 0.3)[0] for rows in torch.arange(4).split(3)]
+    assert torch.equal(torch.cat(parts), losses)
+
+
+@pytest.mark.parametrize(("divergence", "alpha"), DIVERGENCES)
+def test_divergence_rewards_are_made_one_by_one(divergence: Divergence, alpha: float) -> None:
+    log_ratios = 3 * random_normal(6)
+    flat = divergence_rewards(log_ratios, divergence, alpha=alpha)
+    assert torch.equal(divergence_rewards(log_ratios.view(2, 3), divergence, alpha=alpha), flat.view(2, 3))
+    assert torch.equal(divergence_rewards(log_ratios[4], divergence, alpha=alpha), flat[4])
+
+
+def test_weights_and_desensitized_logprobs_are_made_row_by_row() -> None:
+    logprobs, collisions = random_logprobs(3, 4), random_logprobs(3, 4, seed=1)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [1, 1, 0, 0]], dtype=torch.bool)
+    shared = torch.tensor([2, 2, 1])
+    weights = wpo_weights(logprobs, mask, collisions)
+    sums = length_desensitized_logprobs(logprobs, mask, shared, alpha=0.3)
+    for row in range(3):
+        torch.testing.assert_close(wpo_weights(logprobs[row], mask[row], collisions[row]), weights[row])
+        alone = length_desensitized_logprobs(logprobs[row], mask[row], shared[row], alpha=0.3)
+        torch.testing.assert_close(alone, sums[row])
 
 
 def test_padding_changes_neither_weights_nor_desensitized_logprobs() -> None:
@@ -758,6 +961,10 @@ YES = torch.ones(1, dtype=torch.bool)
         ("beta must be positive", lambda: discopop(ONE, ONE, beta=0.0)),
         ("beta must be positive", lambda: apo_down(ONE, ONE, beta=0.0)),
         ("beta must be positive", lambda: aot(ONE, ONE, beta=0.0)),
+        (
+            "beta must be positive",
+            lambda: aot_unpaired(ONE, ONE, chosen_matched=ONE, rejected_matched=ONE, beta=0.0),
+        ),
         ("beta must be positive", lambda: implicit_rewards(ONE, ONE, 0.0)),
         ("label_smoothing must lie", lambda: robust_dpo(ONE, ONE, beta=1.0, label_smoothing=0.5)),
         ("label_smoothing must lie", lambda: conservative_dpo(ONE, ONE, beta=1.0, label_smoothing=-0.1)),
@@ -814,6 +1021,10 @@ PAIR = torch.tensor([0, 1])
         ),
         ("chosen_mean_logprobs", lambda: unchecked(rpo)(TWO, TWO, ONE, beta=1.0, alpha=1.0)),
         ("targets", lambda: unchecked(match_ranks)(TWO, THREE)),
+        (
+            "rejected_log_ratios",
+            lambda: unchecked(aot_unpaired)(TWO, ONE, chosen_matched=TWO, rejected_matched=ONE, beta=1.0),
+        ),
         ("mask", lambda: unchecked(wpo_weights)(TABLE, MASK[:1], TABLE)),
         ("log_collision", lambda: unchecked(wpo_weights)(TABLE, MASK, TABLE[:1])),
         ("shared_lengths", lambda: unchecked(length_desensitized_logprobs)(TABLE, MASK, PAIR[:1], alpha=0.5)),

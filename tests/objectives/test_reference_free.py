@@ -131,6 +131,47 @@ def test_population_minimisers_have_the_true_rewards_per_token(
     torch.testing.assert_close(recovered - recovered.mean(), truth, rtol=0, atol=1e-9)
 
 
+def drawn_from(policy: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs, how often each occurs with the first of them chosen: labels of Bradley and Terry with these rewards,
+    and pairs in such shares that a chosen response is a draw from the policy."""
+    first, second = torch.cartesian_prod(torch.arange(5), torch.arange(5)).unbind(-1)
+    first, second = first[first != second], second[first != second]
+    # σ(r_i − r_j) = g_i/(g_i + g_j) with g = e^r. A share of (g_i + g_j)·(a_i + a_j) makes Σ_j g_i·(a_i + a_j) = π_i.
+    wanted = policy / rewards.exp()
+    a = (wanted - wanted.sum() / 8) / 3
+    share = (rewards[first].exp() + rewards[second].exp()) * (a[first] + a[second])
+    assert (share > 0).all()
+    chosen = share * torch.sigmoid(rewards[first] - rewards[second])
+    assert torch.zeros(5, dtype=torch.float64).index_add(0, first, chosen).tolist() == pytest.approx(policy.tolist())
+    return first, second, chosen
+
+
+ONE_TOKEN = {"chosen_lengths": torch.ones(20), "rejected_lengths": torch.ones(20)}
+
+
+@pytest.mark.parametrize("coef", [0.1, 2.0])
+@pytest.mark.parametrize("kind", ["orpo", "cpo"])
+def test_likelihood_and_comparison_end_together_where_both_are_best(newton: Any, kind: str, coef: float) -> None:
+    """Responses of one token, chosen as often as π has them, by labels whose rewards are what the loss takes for those
+    of π: its log-odds (ORPO), or β·log π (CPO). Each term alone is at its best at π, so their sum is, for all weights.
+    """
+    policy, beta = torch.tensor([0.3, 0.25, 0.2, 0.15, 0.1], dtype=torch.float64), 0.7
+    rewards = log_odds(policy.log()) if kind == "orpo" else beta * policy.log()
+    first, second, frequency = drawn_from(policy, rewards)
+
+    def population(logits: Tensor) -> Tensor:
+        logprobs = logits.log_softmax(-1)
+        pair = logprobs[first], logprobs[second]
+        if kind == "orpo":
+            losses = orpo(*pair, coef=coef, **ONE_TOKEN)
+        else:
+            losses = cpo(*pair, beta=beta, nll_coef=coef, chosen_lengths=ONE_TOKEN["chosen_lengths"])
+        return (frequency * losses).sum()
+
+    ended = newton(population, t(0, 0, 0, 0, 0)).softmax(-1)
+    torch.testing.assert_close(ended, policy, rtol=0, atol=1e-9)
+
+
 # --- invariance, numbers that overflow, mistakes ---------------------------------------------------------------------
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from trueup.models.noise import embedding_noise
+from trueup.models.tree import tree_batch
 from trueup.objectives import preference as p
-from trueup.objectives.logprobs import sequence_logprobs
+from trueup.objectives.logprobs import label_smoothed_nll, linear_logprobs, sequence_logprobs
 from trueup.objectives.pointwise import apo_zero, bco, kto, kto_kl, nca, sppo
+from trueup.objectives.reduce import token_mean
 from trueup.objectives.reference_free import cpo, odds_ratio_loss, simpo
+from trueup.records import Completion, CompletionGroup
 
 VALUES = json.loads(Path(__file__).with_name("trl_values.json").read_text(encoding="utf-8"))
 BETA = 0.7
@@ -115,3 +121,107 @@ FLOAT32 = {"exo_pair", "sigmoid, alpha_divergence 0.3", "orpo"}
 def test_our_loss_is_that_of_trl(name: str) -> None:
     theirs = torch.tensor(VALUES["losses"][name], dtype=torch.float64)
     torch.testing.assert_close(OURS[name]().reshape(-1), theirs, rtol=1e-5 if name in FLOAT32 else 1e-12, atol=0)
+
+
+# --- supervised fine-tuning: a model that knows a place by its token and its number, six rows of several lengths
+
+
+class Trained(NamedTuple):
+    """What of a row is trained, where it is cut, and how its labels are smoothed."""
+
+    mask: Callable[[dict[str, list[int]]], list[int]]
+    max_length: int | None = None
+    label_smoothing: float = 0.0
+
+
+def whole_completion(row: dict[str, list[int]]) -> list[int]:
+    return row["completion_mask"]
+
+
+def own_turns(row: dict[str, list[int]]) -> list[int]:
+    return row["assistant_masks"]
+
+
+def all_tokens(row: dict[str, list[int]]) -> list[int]:
+    return [1] * len(row["input_ids"])
+
+
+SFT = {
+    "completion": Trained(whole_completion),
+    "all tokens": Trained(all_tokens),
+    "own turns": Trained(own_turns),
+    "own turns of the completion": Trained(own_turns),
+    "completion, at most 6 tokens": Trained(whole_completion, max_length=6),
+    "completion, label smoothing 0.1": Trained(whole_completion, label_smoothing=0.1),
+    "all tokens, label smoothing 0.3": Trained(all_tokens, label_smoothing=0.3),
+}
+
+
+def sft_terms(indices: Sequence[int], trained: Trained, head: Tensor) -> tuple[Tensor, Tensor]:
+    """−log p of every token but the first (smoothed) of these rows, one after the other, and which are trained."""
+    rows = [VALUES["rows"][index] for index in indices]
+    tokens = [torch.tensor(row["input_ids"][: trained.max_length]) for row in rows]
+    masks = [torch.tensor(trained.mask(row)[: trained.max_length]) for row in rows]
+    hidden = torch.cat([(table("embeddings")[each] + table("positions")[: len(each)])[:-1] for each in tokens])
+    targets = torch.cat([each[1:] for each in tokens])
+    scores = linear_logprobs(hidden, head, targets, want=["vocab_mean_logprobs"])
+    assert scores.vocab_mean_logprobs is not None
+    terms = label_smoothed_nll(scores.logprobs, scores.vocab_mean_logprobs, label_smoothing=trained.label_smoothing)
+    return terms, torch.cat([each[1:] for each in masks]).bool()
+
+
+def test_every_case_of_sft_is_held() -> None:
+    assert list(SFT) == list(VALUES["sft"])
+
+
+@pytest.mark.parametrize("name", SFT)
+@pytest.mark.parametrize("cut", ["one batch", "micro-batches"])
+def test_our_sft_loss_and_gradient_are_those_of_trl(name: str, cut: str) -> None:
+    """TRL's fused head computes in float32. Its micro-batches are divided by the trained tokens of the whole step."""
+    trained, (theirs, gradient) = SFT[name], VALUES["sft"][name][cut]
+    head = table("head").requires_grad_()
+    rows = range(len(VALUES["rows"]))
+    num_tokens = sft_terms(rows, trained, head)[1].sum()
+    parts = [rows] if cut == "one batch" else VALUES["micro_batches"]
+    loss = torch.stack([token_mean(*sft_terms(part, trained, head), denominator=num_tokens) for part in parts]).sum()
+    assert loss.item() == pytest.approx(theirs, rel=1e-6)
+    (ours,) = torch.autograd.grad(loss, head)
+    torch.testing.assert_close(ours, torch.tensor(gradient, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SFT)
+def test_our_sft_loss_of_a_row_is_that_of_trl(name: str) -> None:
+    losses = [token_mean(*sft_terms([index], SFT[name], table("head"))) for index in range(len(VALUES["rows"]))]
+    assert [loss.item() for loss in losses] == pytest.approx(VALUES["sft"][name]["rows"], rel=1e-6)
+
+
+def test_neftune_s_noise_is_that_of_trl_on_a_row_alone() -> None:
+    """The same random numbers, scaled by α/√(L·D). (In a padded batch TRL's L is that of the longest row.)"""
+    group = CompletionGroup(prompt=np.arange(3), completions=(Completion(tokens=np.arange(4)),))
+    torch.manual_seed(0)
+    torch.testing.assert_close(embedding_noise(tree_batch([group]), 4, 5.0), torch.tensor(VALUES["neftune"]))
+
+
+# --- the reward model
+
+REWARD: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "margin": {"margin": table("margins")},
+    "centred 0.01": {"centering_coef": 0.01},
+    "margin, centred 0.3": {"margin": table("margins"), "centering_coef": 0.3},
+}
+
+
+def test_every_case_of_the_reward_model_is_held() -> None:
+    assert list(REWARD) == list(VALUES["reward"])
+
+
+@pytest.mark.parametrize("name", REWARD)
+def test_our_reward_model_loss_is_that_of_trl(name: str) -> None:
+    scores = table("scores").requires_grad_()
+    losses = p.reward_model_loss(torch.stack(scores.chunk(2), -1), **REWARD[name])
+    each, mean, gradient = VALUES["reward"][name]
+    assert losses.tolist() == pytest.approx(each, rel=1e-12)
+    assert losses.mean().item() == pytest.approx(mean, rel=1e-12)
+    (ours,) = torch.autograd.grad(losses.mean(), scores)
+    torch.testing.assert_close(ours, torch.tensor(gradient, dtype=torch.float64), rtol=1e-12, atol=1e-15)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from trueup.data.chat import TokenizeSettings
-from trueup.data.formats import ReadReport
+from trueup.data.report import ReadReport
+from trueup.data.settings import TokenizeSettings
 from trueup.errors import DataError, ModelError, OutOfMemoryError
 from trueup.models.heads import load_reward_model
 from trueup.models.load import LoadedModel, load_model

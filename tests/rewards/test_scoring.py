@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from trueup.data.chat import TokenizeSettings
-from trueup.data.formats import ReadReport, read_examples
+from trueup.data.formats import read_examples
+from trueup.data.report import ReadReport
+from trueup.data.settings import TokenizeSettings
 from trueup.errors import CheckpointError, DataError, NonFiniteError, SettingsError
 from trueup.models.heads import load_reward_model
 from trueup.rewards import scoring

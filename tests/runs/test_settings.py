@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from trueup.errors import SettingsError
-from trueup.runs.settings import check_range, flags_from_yaml, parse, to_yaml, values_from_yaml
+from trueup.runs.settings import ESCAPED, check_range, flags_from_yaml, parse, to_yaml, values_from_yaml
 
 
 class Colour(StrEnum):
@@ -113,11 +113,11 @@ def test_another_yaml_reader_sees_the_same_values(settings):
     import yaml
 
     loaded = yaml.safe_load(to_yaml(settings))
-    for field in fields(settings):
-        value = getattr(settings, field.name)
+    for each in fields(settings):
+        value = getattr(settings, each.name)
         plain = str(value) if isinstance(value, Path | StrEnum) else list(value) if isinstance(value, tuple) else value
-        assert loaded[field.name] == plain
-        assert type(loaded[field.name]) is type(plain)
+        assert loaded[each.name] == plain
+        assert type(loaded[each.name]) is type(plain)
 
 
 def test_a_value_that_has_no_yaml_form_is_refused():
@@ -167,6 +167,26 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
     flags = ["--learning-rate", "3", "--shuffle", "--data", "z"]
     expected = Settings(model="m", learning_rate=3.0, shuffle=True, data=("z",))
     assert parse(Settings, [*flags, config], "p") == parse(Settings, [config, *flags], "p") == expected
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithEscapes:
+    between: str = field(default="\n", metadata=ESCAPED)
+    plain: str = ""
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [(r"\n\n", "\n\n"), (r"\t", "\t"), (r"a\nb", "a\nb"), (r"\\n", r"\n"), (r"\d", r"\d"), ("\n", "\n"), ("", "")],
+)
+def test_a_shell_may_write_escapes(written: str, meant: str, tmp_path: Path):
+    for flags in (["--between", written], [f"--between={written}"]):
+        assert parse(WithEscapes, flags, "trueup test") == WithEscapes(between=meant)
+    assert parse(WithEscapes, ["--plain", written], "trueup test").plain == written
+    # what a file says is not read a second time
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(WithEscapes(between=written)), encoding="utf-8")
+    assert parse(WithEscapes, ["--config", str(path)], "trueup test").between == written
 
 
 def test_a_later_file_wins_over_an_earlier(tmp_path):

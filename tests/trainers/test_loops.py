@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from trueup import dpo, preference, reward, sft
-from trueup.data.chat import TokenizeSettings, load_groups
+from trueup.data.chat import load_groups
+from trueup.data.settings import TokenizeSettings
 from trueup.errors import CheckpointError, DataError, ModelError, NonFiniteError, SettingsError
 from trueup.models.load import load_model, load_tokenizer
 from trueup.models.scratch import make_model
@@ -42,7 +43,7 @@ def test_micro_batches_change_nothing(loop: str, tiny_model: str, pairs: list, t
     runs = {}
     for tokens in (16, 10_000):
         output = str(tmp_path / str(tokens))
-        train(loop, tiny_model, pairs, output, tokens_per_batch=tokens, holdout=0.3, num_epochs=1)
+        train(loop, tiny_model, pairs, output, tokens_per_batch=tokens, holdout=0.3, num_epochs=1, dtype="float32")
         runs[tokens] = metrics(output)
     assert len(runs[16]) == len(runs[10_000])
     for small, big in zip(runs[16], runs[10_000], strict=True):
@@ -124,9 +125,9 @@ def test_saved_reward_model_scores_alike_in_transformers(tiny_model: str, pairs:
     from trueup.models.tree import tree_batch
     from trueup.trainers.inputs import load_inputs
 
-    result = train("reward", tiny_model, pairs, output, num_epochs=1)
+    result = train("reward", tiny_model, pairs, output, num_epochs=1, dtype="float32")
     plain = AutoModelForSequenceClassification.from_pretrained(result.model_folder)
-    loaded = load_reward_model(result.model_folder)
+    loaded = load_reward_model(result.model_folder, dtype="float32")
     inputs = load_inputs(RewardSettings(), loaded.tokenizer, task="preference", data=pairs, say=lambda _: None)
     _, _, groups = next(inputs.steps(0))
     with torch.no_grad():

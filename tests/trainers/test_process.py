@@ -184,7 +184,7 @@ def test_the_saved_model_scores_alike_in_transformers(model: str, tmp_path: Path
     plain = AutoModelForSequenceClassification.from_pretrained(result.model_folder)
     assert json.loads((result.model_folder / "config.json").read_text())["scores_each"] == "step"
     tokenizer = AutoTokenizer.from_pretrained(result.model_folder)
-    loaded = load_reward_model(result.model_folder, scores_each="step")
+    loaded = load_reward_model(result.model_folder, scores_each="step", dtype="float32")
     (row,) = rows[:1]
     tokens = [tokenizer("".join([row["prompt"], "\n".join(row["steps"][:n])]))["input_ids"] for n in range(1, 5)]
     start = len(tokenizer(row["prompt"])["input_ids"])
@@ -259,7 +259,7 @@ def test_a_model_that_praises_everything_is_told_apart():
     labels = (torch.arange(200) % 10 > 0).float().view(20, 10)
     tally = Tally()
     tally.add(torch.tensor(0.0), step_metrics(torch.ones(20, 10), labels), tokens=1)
-    told = step_summary(tally)
+    told = step_summary(tally).figures
     assert told["accuracy"] == pytest.approx(0.9)
     assert told["balanced_accuracy"] == 0.5
     assert told["balanced_accuracy_low"] < 0.5 < told["balanced_accuracy_high"]
@@ -274,7 +274,7 @@ def test_steps_of_one_answer_are_not_independent():
     for rows in (scores.repeat_interleave(10).view(20, 10), scores.repeat(10).view(200, 1)):
         tally = Tally()
         tally.add(torch.tensor(0.0), step_metrics(rows, torch.ones_like(rows)), tokens=1)
-        told = step_summary(tally)
+        told = step_summary(tally).figures
         assert told["accuracy"] == pytest.approx(0.8)
         assert "balanced_accuracy" not in told  # no step is wrong
         intervals.append(told["accuracy_high"] - told["accuracy_low"])
@@ -284,7 +284,7 @@ def test_steps_of_one_answer_are_not_independent():
 def test_an_evaluation_of_a_broken_model_says_nan():
     tally = Tally()
     tally.add(torch.tensor(math.nan), step_metrics(torch.full((2, 2), math.nan), torch.ones(2, 2)), tokens=1)
-    told = step_summary(tally)
+    told = step_summary(tally).figures
     assert math.isnan(told["accuracy"])
     assert math.isnan(told["faultless_passed"])
 

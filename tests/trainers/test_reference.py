@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from trueup import preference
+from trueup.errors import CheckpointError
 from trueup.models.adapters import add_lora
 from trueup.models.load import load_model
 from trueup.models.scorer import Scorer
@@ -65,6 +72,19 @@ def test_a_second_run_finds_it_on_disk(
     assert len(list(cache.iterdir())) == 1
 
 
+def test_the_file_tells_what_it_is_of_and_when_it_was_used(cache: Path, tiny_model: str, pairs: list, tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    settings = {"model": tiny_model, "data": str(rows), "quiet": True, "max_steps": 1, "num_samples": 0}
+    preference(output=str(tmp_path / "first"), **settings)
+    (file,) = cache.iterdir()
+    with safe_open(file, framework="numpy") as stored:
+        assert stored.metadata() == {"model": tiny_model, "data": str(rows)}
+    os.utime(file, (0, 0))
+    preference(output=str(tmp_path / "second"), **settings)
+    assert time.time() - file.stat().st_mtime < 3600
+
+
 def test_a_cache_that_can_not_be_written_stops_nothing(
     tiny_model: str, pairs: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
@@ -93,6 +113,23 @@ def test_another_reference_is_another_model(cache: Path, tiny_model: str, pairs:
     lines = train(tiny_model, pairs, tmp_path / "run", reference=str(checkpoint))
     assert abs(lines[0]["eval_rewards/margins"]) > 1e-3
     assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("cache_reference", [True, False])
+def test_a_resumed_run_wants_the_reference_it_began_with(
+    cache_reference: bool, cache: Path, tiny_model: str, pairs: list, tmp_path: Path
+):
+    reference = Path(shutil.copytree(tiny_model, tmp_path / "reference"))
+    settings = {"reference": str(reference), "cache_reference": cache_reference, "save_every": 1}
+    whole = train(tiny_model, pairs, tmp_path / "run", **settings)
+    assert train(tiny_model, pairs, tmp_path / "run", resume="yes", **settings) == whole
+    weights = load_file(reference / "model.safetensors")
+    save_file(
+        {name: 1.01 * tensor for name, tensor in weights.items()}, reference / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(CheckpointError, match="started with: reference\n  → give the reference model as it was"):
+        train(tiny_model, pairs, tmp_path / "run", resume="yes", **settings)
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == len(whole)
 
 
 def test_the_fingerprint_sees_weights_config_and_tokens(tiny_model: str):

@@ -15,8 +15,8 @@ from trueup.records import Completion, CompletionGroup
 from trueup.rewards.reward_model import RewardModel
 from trueup.runs.folder import read_lines, read_metrics
 from trueup.runs.statistics import accuracy_metrics, calibration_metrics, comparison_tables, pair_outcomes
-from trueup.trainers.fit import summary
 from trueup.trainers.session import Session
+from trueup.trainers.summary import compared_pairs
 from trueup.trainers.tally import Tally
 
 LISTS = [{"prompt": f"{a}+1=", "completions": [str(a + 1), "33", f"{a}", f"{a}7"][: 2 + a % 3]} for a in range(1, 8)]
@@ -93,7 +93,7 @@ def test_pairs_know_their_list_across_micro_batches():
         metrics = {"accuracy": torch.tensor(values), "length_gap": torch.zeros(len(values))}
         tally.add(torch.tensor(0.1), metrics, tokens=9, groups=groups)
     assert tally.lists().tolist() == [0, 0, 0, 1, 3]
-    found = summary(tally, "accuracy")
+    found = compared_pairs(tally, "accuracy").figures
     expected = accuracy_metrics([1, 1, 1, 0, 0], [0] * 5, [0, 0, 0, 1, 3])
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     naive = accuracy_metrics([1, 1, 1, 0, 0], [0] * 5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import types
 from collections.abc import Mapping
@@ -122,16 +123,21 @@ def test_a_stream_is_known_by_its_files(tmp_path: Path):
     assert stream_fingerprint("hf:someone/something", []) == stream_fingerprint([{"prompt": "x"}], [])
 
 
-def test_the_end_of_a_long_file_counts(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("trueup.trainers.fingerprint._HEAD_BYTES", 1 << 20)
-    monkeypatch.setattr("trueup.trainers.fingerprint._TAIL_BYTES", 100)
-    content = bytearray(3 << 20)
-    found = []
-    for changed in (0, len(content) - 1):
+def test_every_byte_of_a_long_file_counts_and_nothing_else(tmp_path: Path):
+    path, content = tmp_path / "long.jsonl", bytearray(3 << 20)
+    path.write_bytes(content)
+    found = {stream_fingerprint(path, [])}
+    for changed in (0, len(content) // 2, len(content) - 1):
         content[changed] ^= 1
-        (tmp_path / "long.jsonl").write_bytes(content)
-        found.append(stream_fingerprint(tmp_path / "long.jsonl", []))
-    assert found[0] != found[1]
+        path.write_bytes(content)
+        found.add(stream_fingerprint(path, []))
+    assert len(found) == 4
+    os.utime(path, (0, 0))
+    assert stream_fingerprint(path, []) in found
+    # two files are not one that holds both
+    (tmp_path / "a").write_bytes(content[:9])
+    (tmp_path / "b").write_bytes(content[9:])
+    assert stream_fingerprint([tmp_path / "a", tmp_path / "b"], []) not in found
 
 
 def test_weights_are_known_in_any_precision(tiny_model: str):
@@ -142,6 +148,9 @@ def test_weights_are_known_in_any_precision(tiny_model: str):
         model.get_input_embeddings().weight.mul_(1.01)
     assert weights_fingerprint(model) != before
     assert weights_fingerprint(nn.Linear(2, 3)) != weights_fingerprint(nn.Linear(3, 2))
+    large = nn.Linear(200, 200)  # of which only some numbers are looked at
+    before = weights_fingerprint(large)
+    assert weights_fingerprint(large.bfloat16()) == before
 
 
 def test_a_tokenizer_is_known_by_vocabulary_and_template(tiny_model: str):

@@ -11,8 +11,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from trueup import sft
-from trueup.data.chat import TokenizeSettings, load_groups
+from trueup.data.chat import load_groups
 from trueup.data.collate import merge_prompts, train_all_tokens
+from trueup.data.settings import TokenizeSettings
 from trueup.errors import SettingsError
 from trueup.models.load import load_model, load_tokenizer
 from trueup.models.scorer import prepare_scorer
@@ -31,9 +32,9 @@ ROWS = [{"prompt": f"{a}+{b}=", "completion": answer} for a in range(3) for b in
 
 
 def train(model: str, output: str | Path, data: Any = ROWS, **settings: Any) -> list[dict[str, Any]]:
-    """The metrics of a run, times apart."""
+    """The metrics of a run in float32, times apart."""
     defaults = {"quiet": True, "batch_size": 12, "learning_rate": 1e-2, "num_samples": 0, "sample_tokens": 4}
-    sft(model=model, data=data, output=str(output), **(defaults | settings))
+    sft(model=model, data=data, output=str(output), **(defaults | {"dtype": "float32"} | settings))
     lines = read_metrics(Path(output) / "metrics.jsonl")
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -88,7 +90,27 @@ class Stage:
 
 
 def demo(settings: DemoSettings) -> None:
-    """Run the demo and print its table."""
+    """Run the demo and print its table. All that it leaves lies in its folder."""
+    folder = Path(settings.output or f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}")
+    with cache_in(folder / "cache"):
+        run_stages(settings, folder)
+
+
+@contextmanager
+def cache_in(folder: Path) -> Iterator[None]:
+    """What runs keep for other runs goes into this folder, not into the user's cache."""
+    before = os.environ.get("TRUEUP_CACHE")
+    os.environ["TRUEUP_CACHE"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["TRUEUP_CACHE"]
+        if before is not None:
+            os.environ["TRUEUP_CACHE"] = before
+
+
+def run_stages(settings: DemoSettings, folder: Path) -> None:
+    """Train one stage after the other, and print what each has learned."""
     from rich.console import Console
 
     from trueup.models.scratch import make_model
@@ -97,7 +119,6 @@ def demo(settings: DemoSettings) -> None:
     from trueup.trainers.sft import train_sft
 
     console = Console(highlight=False)
-    folder = Path(settings.output or f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}")
     train, held_out = problems(settings.seed)
     files = write_data(folder / "data", train, held_out, settings)
     base = make_model(

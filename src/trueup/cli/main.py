@@ -61,6 +61,7 @@ COMMANDS = {
         "preference",
         defaults="dpo_defaults",
     ),
+    "cache": Command("List what is kept between runs, or remove it", "trueup.cli.cache", "CacheSettings", "cache"),
 }
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from trueup.data.settings import TextSettings, TokenizeSettings
 from trueup.errors import SettingsError
-from trueup.runs.settings import check_choices, check_range, check_used
+from trueup.runs.settings import check_range, check_used
 
 if TYPE_CHECKING:
     from trueup.rewards.reward_model import RewardModel
@@ -19,27 +20,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringSettings:
+class ScoringSettings(TextSettings):
     """How text becomes scores."""
 
     data_format: str = "auto"
     """Row format; auto looks at the first rows. Demonstrations, comparisons and ranked lists will do."""
     limit: int | None = None
     """Read at most this many rows."""
-    max_length: int = 1024
-    """Most tokens in prompt + completion; a longer completion is cut."""
-    max_prompt_length: int | None = None
-    """Most tokens in a prompt; by default only --max-length counts."""
-    overlong_prompt: Literal["drop", "keep_end"] = "drop"
-    """What to do with a prompt that is too long: drop its row, or keep the prompt's end."""
-    overlong_completion: Literal["cut", "drop"] = "cut"
-    """What to do with a completion that is too long: cut it, or drop its row."""
-    chat_template: str | None = None
-    """Chat template in place of the tokenizer's own: plain (Human: / Assistant:), a Jinja template, or its file."""
-    wrap_text: bool = False
-    """Put plain prompts and completions into chat turns, so that the chat template applies."""
-    special_tokens_in_text: Literal["plain", "token"] = "plain"
-    """What '<|im_end|>' and the like are inside data: plain text, or the token itself (for data you trust)."""
     tokens_per_batch: int = 8192
     """Most tokens in one forward pass."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -48,8 +35,8 @@ class ScoringSettings:
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        for name in ("limit", "max_length", "max_prompt_length", "tokens_per_batch"):
+        super().__post_init__()
+        for name in ("limit", "tokens_per_batch"):
             check_range(self, name, at_least=1)
 
 
@@ -138,7 +125,8 @@ def normalize(settings: NormalizeSettings) -> None:
     scale = normalized_on(model, groups, scale=settings.scale).scale
     folder = save_scaled(settings.model, settings.output, scale)
     print(f"data: {report.summary()}")
-    print(f"{folder}: score = (raw score − {scale.score_mean:.6g}) / {scale.score_std:.6g}")
+    sign = "+" if scale.score_mean < 0 else "−"
+    print(f"{folder}: score = (raw score {sign} {abs(scale.score_mean):.6g}) / {scale.score_std:.6g}")
 
 
 def check_given(model: Sequence[str], data: Sequence[str]) -> None:
@@ -151,7 +139,6 @@ def check_given(model: Sequence[str], data: Sequence[str]) -> None:
 
 def load(name: str, settings: ScoringSettings) -> RewardModel:
     """A reward model that reads text as the settings say."""
-    from trueup.data.chat import TokenizeSettings
     from trueup.rewards.reward_model import RewardModel
 
     return RewardModel.load(
@@ -159,15 +146,7 @@ def load(name: str, settings: ScoringSettings) -> RewardModel:
         dtype=settings.dtype,
         device=settings.device,
         tokens_per_batch=settings.tokens_per_batch,
-        settings=TokenizeSettings(
-            max_length=settings.max_length,
-            max_prompt_length=settings.max_prompt_length,
-            overlong_prompt=settings.overlong_prompt,
-            overlong_completion=settings.overlong_completion,
-            chat_template=settings.chat_template,
-            wrap_text=settings.wrap_text,
-            special_tokens_in_text=settings.special_tokens_in_text,
-        ),
+        settings=TokenizeSettings.of(settings),
     )
 
 

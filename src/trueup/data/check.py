@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from trueup.data.chat import TokenizeSettings, tokenize_group
+from trueup.data.chat import tokenize_group
 from trueup.data.collate import train_all_tokens
-from trueup.data.formats import FORMATS, ReadReport, Source, Task, read_examples
+from trueup.data.data_format import Task
+from trueup.data.formats import FORMATS, read_examples
+from trueup.data.report import ReadReport
+from trueup.data.rows import Source
+from trueup.data.settings import TokenizeSettings
 from trueup.records import Completion, CompletionGroup, RankedCompletions, Text
 
 if TYPE_CHECKING:
@@ -239,13 +243,11 @@ def _blocks(check: DataCheck, name: str) -> Iterator[RenderableType]:
     from rich.text import Text as Line
 
     report = check.report
-    chosen_only = report.task == "sft" and FORMATS[report.format].task == "preference"
     yield Line(visible(name), style="bold")
     how = "detected" if report.detected else "as told"
     yield Line(f"  format   {report.format} ({how}): {FORMATS[report.format].columns}")
-    if chosen_only:
-        side = "desirable" if report.format == "unpaired" else "chosen"
-        yield Line(f"           preference data read as demonstrations: the {side} side only")
+    if report.side:
+        yield Line(f"           preference data read as demonstrations: the {report.side} side only")
     yield Line(f"  rows     {report.num_rows:,} read, {report.num_kept:,} kept{_sizes(check)}")
     yield from map(Line, _counted("dropped", report.dropped, report.first_dropped))
     yield from map(Line, _counted("noted", report.noted, report.first_noted))

@@ -12,7 +12,7 @@ from itertools import chain
 
 import numpy as np
 
-from trueup.errors import SettingsError
+from trueup.errors import DataError, SettingsError
 from trueup.records import CompletionGroup, RankedCompletions, Text
 
 MOST_SIBLINGS = 8
@@ -121,8 +121,16 @@ def merge_prompts(groups: Sequence[CompletionGroup], tokens_per_batch: int) -> l
     """Groups with the same prompt as one group with all their completions, in the order in which prompts come.
 
     Completions that are alike stay as many as they are. A merged group has at most ``tokens_per_batch`` tokens, so that
-    it fits into a micro-batch; what is beyond that becomes another group of the same prompt.
+    it fits into a micro-batch; what is beyond that becomes another group of the same prompt. Raises ``DataError`` for a
+    group with a margin or labels: they are of the group's own completions, and mean nothing among others.
     """
+    for group in groups:
+        if group.margin is not None or group.desirable is not None:
+            raise DataError(
+                "completions that are compared or labelled can't be merged with others of their prompt",
+                where=group.where or None,
+                way_out="leave out margin and desirable, or keep the rows apart (--no-share-prompts)",
+            )
     merged: list[list[CompletionGroup]] = []
     newest: dict[int, int] = {}
     sizes: list[int] = []

@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +70,15 @@ def scan_rows(source: Source, *, split: str | None = None) -> Iterator[Row | Dat
             f"data can't be read from a {type(source).__name__}",
             way_out="give a path, a glob, hf:NAME, a datasets object or an iterable of dicts",
         )
+
+
+def source_name(source: Source) -> str | None:
+    """What to call a source in messages, where it has a name."""
+    if isinstance(source, str | Path):
+        return str(source)
+    if isinstance(source, Sequence) and source and all(isinstance(item, str | Path) for item in source):
+        return ", ".join(map(str, source))
+    return None
 
 
 def _row(record: Any, where: str) -> Row | DataError:

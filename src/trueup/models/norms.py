@@ -1,4 +1,8 @@
-"""RMS norms whose backward pass is one sweep over memory in place of a dozen."""
+"""A faster form of a layer that most models have, for training on a CPU: the RMS norm.
+
+Written out in PyTorch's operations, as transformers has it, its backward pass goes over memory a dozen times. A norm
+gets the faster form where its own was found to compute the same on random numbers; every other one stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 ROWS = 512
-"""Rows of a sweep: what is worked out for them stays in a core's cache."""
+"""Rows that a norm works on at a time: what is worked out for them stays in a core's cache."""
+
+
+def swap_norms(model: nn.Module) -> None:
+    """Give the model's RMS norms the form of this module, where theirs compute the same.
+
+    A norm's class becomes a subclass of it: weights, names, hooks and copies are what they were.
+    """
+    for module in model.modules():
+        kind = type(module)
+        if kind.__name__.endswith("RMSNorm") and not hasattr(kind, "swapped") and _is_plain(module):
+            module.__class__ = _swapped(kind)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -46,38 +61,27 @@ class _RMSNorm(torch.autograd.Function):
 
 
 @cache
-def _swept(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of norms ``kind`` with the backward pass of this module, on a CPU and in training."""
-
+def _swapped(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         if hidden_states.device.type != "cpu" or not (torch.is_grad_enabled() and hidden_states.requires_grad):
             return kind.forward(self, hidden_states)
         return _RMSNorm.apply(hidden_states, self.weight, _epsilon(self))  # pyright: ignore[reportReturnType]
 
-    return type(kind.__name__, (kind,), {"forward": forward, "swept": True, "__module__": kind.__module__})
+    return type(kind.__name__, (kind,), {"forward": forward, "swapped": True, "__module__": kind.__module__})
 
 
 def _epsilon(norm: Any) -> float | None:
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
-def sweep_norms(model: nn.Module) -> None:
-    """Give the model's RMS norms the backward pass of this module, where it is theirs: a norm of another form (Gemma's
-    1 + w, a gate) stays as it is, for the two are compared on random numbers first. Every result stays the same."""
-    for norm in model.modules():
-        kind = type(norm)
-        weight = getattr(norm, "weight", None)
-        if not kind.__name__.endswith("RMSNorm") or not isinstance(weight, Tensor) or _epsilon(norm) is None:
-            continue
-        if weight.device.type == "cpu" and not hasattr(kind, "swept") and _is_plain(norm):
-            norm.__class__ = _swept(kind)
-
-
 def _is_plain(norm: Any) -> bool:
-    """Whether the norm computes w∘x/√(mean x² + ε), rounded as above, and nothing else."""
-    trial = torch.randn(3, norm.weight.numel(), generator=torch.Generator().manual_seed(0)).to(norm.weight.dtype)
+    """Whether it computes w∘x/√(mean x² + ε), rounded as above, and nothing else: no 1 + w, no gate."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor) or weight.device.type != "cpu" or _epsilon(norm) is None:
+        return False
+    trial = torch.randn(3, weight.numel(), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
     try:
         with torch.no_grad():
-            return torch.equal(norm(trial), _RMSNorm.apply(trial, norm.weight, _epsilon(norm)))  # pyright: ignore
+            return torch.equal(norm(trial), _RMSNorm.apply(trial, weight, _epsilon(norm)))  # pyright: ignore
     except (TypeError, RuntimeError):
         return False

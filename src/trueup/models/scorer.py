@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from trueup.errors import ModelError
 from trueup.models.attention import TREE_ATTENTION, no_mask, register_tree_attention
 from trueup.models.noise import noisy_embeddings
-from trueup.models.norms import sweep_norms
+from trueup.models.norms import swap_norms
 from trueup.models.precision import gradient_sum
 from trueup.models.tree import TreeBatch, tree_batch
 from trueup.objectives.logprobs import TokenStatistics, linear_logprobs, token_logprobs, token_statistics
@@ -300,7 +300,7 @@ def _first_exact(
             stacklevel=3,
         )
     given.config._attn_implementation = attention
-    sweep_norms(given)
+    swap_norms(given)
     return candidate(model)
 
 

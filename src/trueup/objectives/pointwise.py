@@ -82,15 +82,16 @@ def bco_shift(
 
         δ = ½·( E[β·u | desirable] + E[β·u | undesirable] )
 
-    Take it over the whole batch. Raises ``ValueError`` unless β > 0, and where one of the two kinds is missing.
+    Take it over the whole batch. Of a kind that is missing there nothing is known, and δ is the mean of the other: the
+    paper's running mean over steps would have remembered it. Raises ``ValueError`` unless β > 0, and for no completion.
     Source: Jung et al. 2024 (arXiv 2404.04656).
     """
     require_positive("beta", beta)
     require_same_shape(log_ratios, desirable=desirable)
-    if desirable.all() or not desirable.any():
-        raise ValueError("the shift needs desirable and undesirable completions, and one kind is missing")
-    rewards = beta * log_ratios.detach()
-    return (rewards[desirable].mean() + rewards[~desirable].mean()) / 2
+    kinds = [log_ratios.detach()[kind] for kind in (desirable, ~desirable) if kind.any()]
+    if not kinds:
+        raise ValueError("the shift needs at least one completion")
+    return beta * torch.stack([kind.mean() for kind in kinds]).mean()
 
 
 def apo_zero(

@@ -407,20 +407,38 @@ def aot(
 
         L_i = −(1 − ε)·log σ(z_i) − ε·log σ(−z_i),   z_i = β·(v_i − m_i),   m = match_ranks(v, targets)
 
-    Paired: v = log π(y_w|x) − log π(y_l|x), the targets are the same under π_ref. Unpaired, for as many chosen
-    completions as rejected ones, each side moves and is matched to the other::
-
-        losses = torch.cat([
-            aot(chosen, match_ranks(chosen, rejected), beta=beta),  # log-ratios of all chosen completions of the step
-            aot(-rejected, match_ranks(-rejected, -chosen), beta=beta),
-        ])
-
-    The matches take no gradient, so parts of the batch add up to the gradient of the whole: of the two sides' *sum*,
-    divided by the number of chosen completions. Its value then counts every difference twice.
+    Paired: v = log π(y_w|x) − log π(y_l|x), the targets are the same under π_ref. Two sides that both move are
+    ``aot_unpaired``. The matches take no gradient, so parts of the batch add up to the gradient of the whole.
     Raises ``ValueError`` unless β > 0 and 0 ≤ ε < ½.
     Source: Melnyk et al. 2024 (arXiv 2406.05882), with the logistic loss as the cost.
     """
     return conservative_dpo(values, matched.detach(), beta=beta, label_smoothing=label_smoothing)
+
+
+def aot_unpaired(
+    chosen_log_ratios: Float[Tensor, "*batch"],
+    rejected_log_ratios: Float[Tensor, "*batch"],
+    *,
+    chosen_matched: Float[Tensor, "*batch"],
+    rejected_matched: Float[Tensor, "*batch"],
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, "*batch"]:
+    """AOT of as many chosen completions as rejected ones, of whatever prompts: both sides move.
+
+        L_i = ½·[ ℓ(u_i, m_i) + ℓ(−u'_i, m'_i) ],   m = match_ranks(u, u'),   m' = match_ranks(−u', −u)
+
+    u are the log-ratios of all chosen completions of the step, u' those of the rejected ones, ℓ(v, m) is ``aot``: the
+    mean over i is the sorted loss of the paper. Every difference is seen from both of its ends, hence the ½. Its
+    gradient is not halved, for at each end it moves that end only, the match being held: so parts of the batch add up
+    to the gradient of the whole, whichever chosen and rejected completions they hold.
+    Raises ``ValueError`` unless β > 0 and 0 ≤ ε < ½.
+    Source: Melnyk et al. 2024 (arXiv 2406.05882), with the logistic loss as the cost.
+    """
+    require_same_shape(chosen_log_ratios, rejected_log_ratios=rejected_log_ratios)
+    both = aot(chosen_log_ratios, chosen_matched, beta=beta, label_smoothing=label_smoothing)
+    both = both + aot(-rejected_log_ratios, rejected_matched, beta=beta, label_smoothing=label_smoothing)
+    return both - both.detach() / 2
 
 
 def wpo_weights(

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from trueup.data.formats import ReadReport, Source, read_examples, source_name
+from trueup.data.formats import read_examples
+from trueup.data.report import ReadReport
+from trueup.data.rows import Source, source_name
 from trueup.errors import DataError, ModelError
 from trueup.models.load import model_source
 from trueup.models.score_scale import ScoreScale

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trueup.data.chat import TokenizeSettings, tokenize_group
+from trueup.data.cells import as_turns
+from trueup.data.chat import tokenize_group
 from trueup.data.collate import merge_prompts, micro_batches
-from trueup.data.formats import ReadReport
+from trueup.data.report import ReadReport
+from trueup.data.settings import TokenizeSettings
 from trueup.errors import DataError, ModelError, OutOfMemoryError
 from trueup.models.adapters import is_reward_model
 from trueup.models.heads import load_reward_model
@@ -139,8 +141,3 @@ def as_example(
         return RankedCompletions(prompt=prompt, completions=(completion,), where=where)
     turns = as_turns(completion, "assistant")
     return RankedCompletions(prompt=as_turns(prompt, "user"), completions=(turns,), where=where)
-
-
-def as_turns(text: Text | Iterable[Mapping[str, object]], role: str) -> tuple[Message, ...]:
-    """A conversation; a string is one turn of ``role``."""
-    return ({"role": role, "content": text},) if isinstance(text, str) else tuple(text)

@@ -16,7 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trueup.data.formats import ReadReport, Source, read_examples, source_name
+from trueup.data.formats import read_examples
+from trueup.data.report import ReadReport
+from trueup.data.rows import Source, source_name
 from trueup.errors import CheckpointError, DataError, NonFiniteError, SettingsError
 from trueup.records import CompletionGroup, RankedCompletions
 from trueup.rewards.ensembles import ensemble_mean, ensemble_std

@@ -58,14 +58,15 @@ def parse(
 ) -> Settings:
     """Settings from flags; ``--config FILE.yaml`` stands for the flags in the file, before all others.
 
-    ``default`` is a preset: an object whose values are the defaults, instead of the class's.
+    ``default`` is a preset: an object whose values are the defaults, instead of the class's. The flag of a field with
+    ``ESCAPED`` may be written with ``\\n``, ``\\t`` and ``\\\\``.
     Raises ``SettingsError``, or ends the process with exit code 2 and a message on stderr (0 after ``--help``).
     """
     import tyro  # here, because `trueup --help` does without
 
     paths, flags = _split_config(argv)
     entries = [entry for path in paths for entry in _entries_of(path, settings_class)]
-    arguments = [flag for entry in entries for flag in entry.flags] + flags
+    arguments = [flag for entry in entries for flag in entry.flags] + _unescaped(flags, settings_class)
 
     def run() -> Settings:
         return tyro.cli(
@@ -143,6 +144,30 @@ def check_used(settings: Any, used: bool, needs: str, *names: str) -> None:
 def flag_name(field_name: str) -> str:
     """``learning_rate`` → ``--learning-rate``."""
     return "--" + field_name.replace("_", "-")
+
+
+ESCAPED = {"escaped": True}
+"""``metadata`` of a field whose value may be a character that a shell does not let through as it is."""
+
+_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+
+
+def _unescaped(flags: Sequence[str], settings_class: type) -> list[str]:
+    """Flags of ``ESCAPED`` fields with the characters that are meant. A file has escapes of its own."""
+    escaped = {flag_name(field.name) for field in fields(settings_class) if field.metadata.get("escaped")}
+    read: list[str] = []
+    for previous, flag in zip(("", *flags), flags, strict=False):
+        name, equals, value = flag.partition("=")
+        if name.replace("_", "-") in escaped and equals:
+            flag = f"{name}={_unescape(value)}"
+        elif previous.replace("_", "-") in escaped:
+            flag = _unescape(flag)
+        read.append(flag)
+    return read
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\[nt\\]", lambda found: _ESCAPES[found[0]], text)
 
 
 _CONFIG_HELP = (

@@ -21,13 +21,13 @@ from trueup.errors import CheckpointError
 from trueup.records import CompletionGroup
 
 _SAMPLED = 4096
-_HEAD_BYTES, _TAIL_BYTES = 1 << 28, 1 << 20
 
 WAYS_OUT = {
     "training data": "bring back the rows it was started with, or start a new run in another folder",
     "held-out data": "bring back the rows it was started with, or start a new run in another folder",
     "tokenizer": "bring back the tokenizer and chat template it was started with, or start a new run",
     "starting weights": "give the model as it was before training, or start a new run in another folder",
+    "reference": "give the reference model as it was, or start a new run in another folder",
 }
 """What is compared, in the order in which it is told: a tokenizer that changed changes the data too."""
 
@@ -41,20 +41,15 @@ def groups_fingerprint(groups: Iterable[CompletionGroup]) -> str:
 
 
 def stream_fingerprint(source: Any, first: Iterable[CompletionGroup]) -> str:
-    """For data too large to be read first: the tokens of the ``first`` groups, and what the files of ``source`` hold.
+    """For data that are not all read first: the tokens of the ``first`` groups, and what the files of ``source`` hold.
 
-    Of a file the size, the first 256 MiB and the last MiB count. What has no file (``hf:NAME``, rows in memory) is
-    known by its first groups alone.
+    Files are read through once, for their bytes alone: some seconds for a gigabyte. What has no file (``hf:NAME``,
+    rows in memory) is known by its first groups only.
     """
     digest = _digest(groups_fingerprint(first))
     for path in _files(source):
-        size = path.stat().st_size
-        digest.update(f" {size} ".encode())
         with path.open("rb") as file:
-            while file.tell() < _HEAD_BYTES and (piece := file.read(1 << 20)):
-                digest.update(piece)
-            file.seek(max(file.tell(), size - _TAIL_BYTES))
-            digest.update(file.read())
+            digest.update(hashlib.file_digest(file, _digest).digest())
     return digest.hexdigest()
 
 

@@ -13,7 +13,6 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,12 +20,12 @@ from trueup.data.collate import micro_batches
 from trueup.models.tree import TreeBatch, tree_batch
 from trueup.records import CompletionGroup
 from trueup.runs.progress import RunProgress
-from trueup.runs.statistics import accuracy_metrics, calibration_metrics, comparison_tables
 from trueup.trainers.fingerprint import weights_fingerprint
 from trueup.trainers.inputs import Inputs
 from trueup.trainers.memory import memory_errors
 from trueup.trainers.session import RunResult, Session
 from trueup.trainers.stepping import Stepper
+from trueup.trainers.summary import Summarise, means
 from trueup.trainers.tally import Tally, Totals
 
 Told = Callable[[list[list[int]]], Iterator[list[int]]]
@@ -43,17 +42,15 @@ def fit(
     loss: StepLoss,
     save_model: Callable[[Path], None],
     write_samples: Callable[[int], None] = lambda step: None,
-    accuracy: str | None = None,
-    score_gap: str | None = None,
-    summarise: Callable[[Tally], dict[str, float]] | None = None,
+    summarise: Summarise = means,
     statistics: Callable[[Sequence[CompletionGroup]], Mapping[str, Tensor]] | None = None,
+    fingerprints: Mapping[str, str] | None = None,
 ) -> RunResult:
     """Minimise ``loss`` over the steps of ``inputs``; evaluates at step 0, every ``eval_every`` steps and at the end.
 
-    ``accuracy`` names the metric of 0, ½ and 1 that gets an interval and its length-matched form in evaluations;
-    ``score_gap`` the one whose σ is the model's probability of what people chose, for calibration and its tables.
-    ``summarise`` makes an evaluation's figures where these two do not do.
+    ``summarise`` makes an evaluation's figures and tables of what it added up to.
     ``statistics`` computes what couples a batch over all groups of a step, before the first micro-batch.
+    ``fingerprints``: of what else the run was started with, beside its data, tokenizer and weights.
     Raises ``NonFiniteError`` after ``max_skipped_steps`` steps without a finite loss or gradient, and
     ``KeyboardInterrupt`` after an interrupt, once the step is finished and saved; and ``OutOfMemoryError``.
     """
@@ -79,18 +76,17 @@ def fit(
         if inputs.held_out:
             with torch.no_grad():
                 tally = measure(inputs.held_out, learn=False, told=partial(progress.aside, title="evaluation"))
-            figures = summarise(tally) if summarise else summary(tally, accuracy, score_gap)
+            figures, tables = summarise(tally)
             metrics = {f"eval_{name}": value for name, value in figures.items()}
             session.log(metrics, step)
-            if score_gap and math.isfinite(metrics[f"eval_{score_gap}"]):
-                gaps, lengths = tally.all(score_gap).numpy(), tally.all("length_gap").numpy()
-                session.folder.log_calibration(comparison_tables(gaps, lengths, tally.lists()), step)
+            if tables is not None:
+                session.folder.log_calibration(tables, step)
         write_samples(step)
         scorer.train()
         return metrics
 
-    fingerprints = inputs.fingerprints | {"starting weights": weights_fingerprint(scorer)}
-    start, counters = session.restore(stepper, fingerprints)
+    known = inputs.fingerprints | {"starting weights": weights_fingerprint(scorer), **(fingerprints or {})}
+    start, counters = session.restore(stepper, known)
     evaluated: dict[str, float] = {}
     trained: dict[str, float] = {}
     scorer.train()
@@ -134,16 +130,3 @@ def fit(
 def due(step: int, every: int | None) -> bool:
     """Is it time for what happens every ``every`` steps?"""
     return every is not None and step % every == 0
-
-
-def summary(tally: Tally, accuracy: str | None, score_gap: str | None = None) -> dict[str, float]:
-    """Means of an evaluation; the accuracy with its 95 % interval, and with the lengths of the sides balanced; of
-    ``score_gap`` the calibration."""
-    metrics = tally.means()
-    if accuracy not in metrics:
-        return metrics
-    outcomes, lists = tally.all(accuracy).numpy(), tally.lists()
-    if np.isnan(outcomes).any():  # the model is broken: the means say so, and there is nothing to estimate
-        return metrics
-    metrics |= accuracy_metrics(outcomes, tally.all("length_gap").numpy(), lists, name=accuracy)
-    return metrics | (calibration_metrics(tally.all(score_gap).numpy(), lists) if score_gap else {})

@@ -9,9 +9,13 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from trueup.data.chat import TokenizeSettings, stop_token_ids, tokenize_group
+from trueup.data.chat import stop_token_ids, tokenize_group
 from trueup.data.collate import batches, merge_prompts, num_steps, prompt_families, split_holdout
-from trueup.data.formats import ReadReport, Task, read_examples
+from trueup.data.data_format import Task
+from trueup.data.formats import read_examples
+from trueup.data.report import ReadReport
+from trueup.data.rows import source_name
+from trueup.data.settings import TokenizeSettings
 from trueup.errors import DataError, SettingsError
 from trueup.records import CompletionGroup, RankedCompletions
 from trueup.trainers.fingerprint import groups_fingerprint, stream_fingerprint, tokenizer_fingerprint
@@ -26,6 +30,8 @@ class Inputs:
     """What a loop reads."""
 
     num_steps: int
+    max_length: int
+    """Most tokens in prompt and completion: what the settings allow and the model can read."""
     steps: Callable[[int], Iterator[Step]]
     """From a step number on."""
     groups: list[CompletionGroup] | None
@@ -51,7 +57,6 @@ def load_inputs(
     context_length: int | None = None,
     trained_as: Callable[[CompletionGroup], CompletionGroup] = lambda group: group,
     share_prompts: bool = False,
-    step_separator: str = "\n",
 ) -> Inputs:
     """Read, split, tokenise. What was read, dropped and cut is told in one line each for training and held-out data.
 
@@ -60,7 +65,6 @@ def load_inputs(
     ``trained_as``: what becomes of a group in steps and evaluations; what is sampled keeps its prompt.
     ``share_prompts``: the rows of one prompt come together, and those of one step as one group (of a stream, which is
     not shuffled, those that the step happens to hold). A step has ``batch_size`` rows either way.
-    ``step_separator``: what stands between the steps of an answer that comes in steps.
     Raises ``SettingsError`` without data, ``DataError`` for what can't be read and where no row is left.
     """
     source = data if data is not None else settings.data
@@ -75,17 +79,7 @@ def load_inputs(
     max_length = min(settings.max_length, context_length or settings.max_length)
     if max_length < settings.max_length:
         say(f"the model reads {max_length:,} tokens: that is the limit, not --max-length {settings.max_length:,}")
-    how = TokenizeSettings(
-        max_length=max_length,
-        max_prompt_length=settings.max_prompt_length,
-        overlong_prompt=settings.overlong_prompt,
-        overlong_completion=settings.overlong_completion,
-        chat_template=settings.chat_template,
-        train_turns=settings.train_turns,
-        wrap_text=settings.wrap_text,
-        special_tokens_in_text=settings.special_tokens_in_text,
-        step_separator=step_separator,
-    )
+    how = TokenizeSettings.of(settings, max_length=max_length)
     stop_tokens = stop_token_ids(tokenizer, how)
 
     def read(source: Any, report: ReadReport, limit: int | None = None) -> Iterator[RankedCompletions]:
@@ -133,6 +127,7 @@ def load_inputs(
         held_out = held_out_groups()
         return Inputs(
             num_steps=settings.max_steps or 0,
+            max_length=max_length,
             steps=lambda start: arranged(_stream_steps(stream, settings, start)),
             groups=None,
             held_out=together(map(trained_as, held_out)),
@@ -151,13 +146,16 @@ def load_inputs(
         held_out = list(tokenize(held_out_examples, report)) if held_out_examples else held_out_groups()
         say(f"data: {report.summary()}; {len(groups):,} to train on, {len(held_out):,} held out")
     if not groups:
-        raise DataError("no row is left to train on", where=_name(source), way_out="look at it: trueup data check FILE")
+        raise DataError(
+            "no row is left to train on", where=source_name(source), way_out="look at it: trueup data check FILE"
+        )
     sampled = (held_out or groups)[: settings.num_samples]
     groups = list(map(trained_as, groups))
     families = prompt_families(groups) if share_prompts else None
     total = num_steps(len(groups), settings.batch_size, settings.num_epochs)
     return Inputs(
         num_steps=min(total, settings.max_steps or total),
+        max_length=max_length,
         steps=lambda start: arranged(_shuffled_steps(groups, families, settings, start)),
         groups=groups,
         held_out=together(map(trained_as, held_out)),
@@ -197,7 +195,7 @@ def _stream_steps(
                 empty = False
                 yield epoch, group
             if empty:
-                raise DataError("no row is left to train on", where=_name(settings.data))
+                raise DataError("no row is left to train on", where=source_name(settings.data))
 
     rows = islice(endless(), start * settings.batch_size, None)
     for step in range(start, settings.max_steps or 0):
@@ -212,7 +210,3 @@ def _is_given(source: Any) -> bool:
 def is_tokenized(source: Any) -> TypeGuard[Sequence[CompletionGroup]]:
     """Whether a source is groups already, not rows or names of files."""
     return isinstance(source, tuple | list) and len(source) > 0 and isinstance(source[0], CompletionGroup)
-
-
-def _name(source: Any) -> str | None:
-    return ", ".join(source) if isinstance(source, tuple) and all(isinstance(s, str) for s in source) else None

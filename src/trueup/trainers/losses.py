@@ -150,7 +150,13 @@ LOSSES: dict[str, Loss] = {
         beta=s.beta,
         label_smoothing=s.label_smoothing,
     ),
-    "aot_unpaired": lambda x, s: _aot_unpaired(x, s),
+    "aot_unpaired": lambda x, s: preference.aot_unpaired(
+        *x.pair,
+        chosen_matched=x.statistics["aot_chosen_matched"],
+        rejected_matched=x.statistics["aot_rejected_matched"],
+        beta=s.beta,
+        label_smoothing=s.label_smoothing,
+    ),
     "kto": lambda x, s: x.summed(
         pointwise.kto(
             x.log_ratios,
@@ -182,16 +188,6 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def _aot_unpaired(x: Compared, s: PreferenceSettings) -> Tensor:
-    chosen, rejected = (
-        preference.aot(values, x.statistics[name], beta=s.beta, label_smoothing=s.label_smoothing)
-        for values, name in ((x.pair[0], "aot_chosen_matched"), (-x.pair[1], "aot_rejected_matched"))
-    )
-    # Each difference is seen from both of its ends: both gradients are needed, its value counts once.
-    both = chosen + rejected
-    return both - both.detach() / 2
-
-
 def _kto_kl(x: Compared) -> Tensor:
     # A step of a single prompt has no other's completions to estimate it on.
     return x.statistics["kl"][0] if "kl" in x.statistics else x.logprobs.new_zeros(())
@@ -209,7 +205,10 @@ Statistic = Callable[[Compared, PreferenceSettings], dict[str, Tensor]]
 STATISTICS: dict[str, tuple[Literal["step", "mismatched"], Statistic]] = {
     "aot": ("step", lambda x, s: _aot_statistics(x)),
     "aot_unpaired": ("step", lambda x, s: _aot_unpaired_statistics(x)),
-    "bco": ("step", lambda x, s: {"bco_shift": _bco_shift(x, s)}),
+    "bco": (
+        "step",
+        lambda x, s: {"bco_shift": pointwise.bco_shift(x.log_ratios[x.mask], x.desirable[x.mask], beta=s.beta)},
+    ),
     "kto": ("mismatched", lambda x, s: {"kl": pointwise.kto_kl(x.log_ratios[x.mask])}),
 }
 """What couples a batch: numbers, or one for each row, ``[N]``. Each is computed without gradient over all groups of a
@@ -227,10 +226,3 @@ def _aot_unpaired_statistics(x: Compared) -> dict[str, Tensor]:
         "aot_chosen_matched": preference.match_ranks(chosen, rejected),
         "aot_rejected_matched": preference.match_ranks(-rejected, -chosen),
     }
-
-
-def _bco_shift(x: Compared, s: PreferenceSettings) -> Tensor:
-    log_ratios, labels = x.log_ratios[x.mask], x.desirable[x.mask]
-    if labels.all() or not labels.any():  # half-way to a mean that this step does not know
-        return s.beta * log_ratios.mean()
-    return pointwise.bco_shift(log_ratios, labels, beta=s.beta)

@@ -38,6 +38,7 @@ from trueup.trainers.samples import write_samples
 from trueup.trainers.session import RunResult, guarded, open_session
 from trueup.trainers.settings import PER_TOKEN, PreferenceSettings, SFTSettings, TrainSettings
 from trueup.trainers.sft import train_sft
+from trueup.trainers.summary import compared_pairs
 from trueup.trainers.tally import Totals
 from trueup.trainers.trained_model import load_trained, save_trained
 
@@ -68,17 +69,8 @@ def train_preference(
         context_length=context_length(policy),
     )
     scorer = prepare_scorer(policy)
-    limit = min(settings.max_length, context_length(policy) or settings.max_length)
-    partners: Partners = partial(mismatched, max_length=limit)
-    known = None
-    if inputs.groups is not None:
-        pools = groups_seen(inputs), inputs.held_out
-        partners = partners_within(pools, limit)
-        known = [*pools[0], *pools[1]]
-        known += partners(known) if "kto" in settings.loss else []
-    reference = reference_logprobs(
-        settings, scorer, tokenizer, known if settings.cache_reference else None, say=session.say
-    )
+    partners, asked = groups_asked(settings, inputs)
+    reference, fingerprints = reference_logprobs(settings, scorer, tokenizer, asked, say=session.say)
     device = next(scorer.parameters()).device
     want = ("log_collision",) if settings.weight_by_policy else ()
 
@@ -107,8 +99,9 @@ def train_preference(
         loss=loss,
         save_model=lambda folder: save_trained(policy, tokenizer, folder),
         write_samples=lambda step: write_samples(session, policy, tokenizer, inputs, step),
-        accuracy="rewards/accuracies",
+        summarise=partial(compared_pairs, accuracy="rewards/accuracies"),
         statistics=statistics if set(settings.loss) & set(STATISTICS) else None,
+        fingerprints=fingerprints,
     )
 
 
@@ -166,6 +159,18 @@ def preference_metrics(x: Compared, settings: PreferenceSettings) -> dict[str, T
     if settings.weight_by_policy:
         metrics["weight"] = x.weights
     return metrics | {name: x.statistics[name] for name in ("kl", "bco_shift") if name in x.statistics}
+
+
+def groups_asked(settings: PreferenceSettings, inputs: Inputs) -> tuple[Partners, list[CompletionGroup] | None]:
+    """The mismatched group of each group, and every group that the reference will be asked for: None where that is not
+    known (a stream), or not wanted in advance."""
+    if inputs.groups is None:
+        return partial(mismatched, max_length=inputs.max_length), None
+    pools = groups_seen(inputs), inputs.held_out
+    partners, asked = partners_within(pools, inputs.max_length), [*pools[0], *pools[1]]
+    if "kto" in settings.loss:
+        asked += partners(asked)
+    return partners, asked if settings.cache_reference else None
 
 
 def groups_seen(inputs: Inputs) -> list[CompletionGroup]:

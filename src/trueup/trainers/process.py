@@ -30,6 +30,7 @@ from trueup.trainers.inputs import load_inputs
 from trueup.trainers.ranked import outcomes
 from trueup.trainers.session import RunResult, guarded, open_session
 from trueup.trainers.settings import RewardSettings
+from trueup.trainers.summary import Summary
 from trueup.trainers.tally import Tally, Totals
 from trueup.trainers.trained_model import load_trained, save_trained
 
@@ -53,7 +54,6 @@ def train_process(
         check=check_steps,
         context_length=context_length(reward_model),
         share_prompts=True,
-        step_separator=settings.step_separator,
     )
     scorer = prepare_reward_scorer(reward_model)
 
@@ -131,16 +131,16 @@ def first(marked: Tensor) -> Tensor:
     return torch.where(marked.any(-1), marked.int().argmax(-1), marked.shape[-1])
 
 
-def step_summary(tally: Tally) -> dict[str, float]:
+def step_summary(tally: Tally) -> Summary:
     """Means of an evaluation; accuracies with their 95 % intervals, which count completions: their steps go together.
 
     ``balanced_accuracy`` is what the accuracy would be if right and wrong steps were equally many: most steps are
     right, so that a model that praises everything is mostly right too, and scores ½ here.
     """
-    metrics = tally.means()
+    figures = tally.means()
     agrees, right = tally.all("accuracy").numpy(), tally.all("right_steps").numpy()
     if not len(agrees) or np.isnan(agrees).any():  # nothing is judged, or the model is broken
-        return metrics
+        return Summary(figures)
     counts = tally.all("judged_steps").numpy().astype(int)
     lists = np.repeat(np.arange(len(counts)), counts)
     intervals = {
@@ -149,9 +149,9 @@ def step_summary(tally: Tally) -> dict[str, float]:
         "balanced_accuracy": length_matched_accuracy(agrees, 2 * right - 1, lists=lists),
     }
     for name in ("first_mistake_found", "faultless_passed"):
-        if name in metrics:
+        if name in figures:
             intervals[name] = accuracy_interval(tally.all(name).numpy())
     for name, (mean, low, high) in intervals.items():
         if not math.isnan(mean):
-            metrics |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-    return metrics
+            figures |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+    return Summary(figures)

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from trueup.models.wheel import cache_folder
 from trueup.records import CompletionGroup
 from trueup.runs.files import write_atomic
 from trueup.runs.progress import RunProgress
-from trueup.trainers.fingerprint import groups_fingerprint
+from trueup.trainers.fingerprint import groups_fingerprint, weights_fingerprint
 from trueup.trainers.settings import PreferenceSettings
 
 Reference = Callable[[Sequence[CompletionGroup], TreeBatch], Tensor]
@@ -46,16 +46,18 @@ def reference_logprobs(
     groups: Sequence[CompletionGroup] | None,
     *,
     say: Callable[[str], None],
-) -> Reference:
-    """How log π_ref is found. ``scorer`` is the policy's, before its first update.
+) -> tuple[Reference, dict[str, str]]:
+    """How log π_ref is found, and the fingerprint of a reference that is a model of its own.
 
+    ``scorer`` is the policy's, before its first update.
     ``groups``: everything that will be asked for; None where that is not known (a stream), or not wanted in advance.
     The reference is ``settings.reference``, or the policy as it is now: with LoRA the adapter switched off, which costs
     no memory, otherwise, where it has to stay at hand, a frozen copy.
     Raises ``ModelError`` for a reference that reads the tokens otherwise than the policy.
     """
     if not settings.needs_reference:
-        return lambda groups, batch: torch.zeros_like(batch.targets, dtype=torch.float32)
+        return lambda groups, batch: torch.zeros_like(batch.targets, dtype=torch.float32), {}
+    fingerprints = {}
     if settings.reference is not None:
         loaded = load_model(settings.reference, dtype=settings.dtype, device=settings.device)
         if loaded.tokenizer.get_vocab().items() ^ tokenizer.get_vocab().items():
@@ -65,13 +67,14 @@ def reference_logprobs(
                 way_out="take a reference with the policy's tokenizer",
             )
         frozen = prepare_scorer(loaded.model).requires_grad_(False).eval()
+        fingerprints = {"reference": weights_fingerprint(frozen)}
     elif groups is not None or has_adapter(scorer.model):
         frozen = scorer
     else:
         frozen = copy.deepcopy(scorer).requires_grad_(False).eval()
     if groups is None:
-        return lambda groups, batch: frozen_logprobs(frozen, batch)
-    return lookup(groups, stored_logprobs(settings, frozen, groups, say))
+        return lambda groups, batch: frozen_logprobs(frozen, batch), fingerprints
+    return lookup(groups, stored_logprobs(settings, frozen, groups, say)), fingerprints
 
 
 def frozen_logprobs(scorer: Scorer, batch: TreeBatch) -> Tensor:
@@ -98,21 +101,29 @@ def stored_logprobs(
     """Token log-probs of every group, float32 [S] each: from disk, or computed and put there.
 
     The file is named by a hash of the weights, the config, and the tokens (which is what a tokenizer and a chat
-    template make of the data): whatever changes, another file is asked for. A damaged file counts as none.
+    template make of the data): whatever changes, another file is asked for. A damaged file counts as none. Its time is
+    that of its last use, for whoever looks for what is no longer needed.
     """
     ends = np.cumsum([num_scored(group) for group in groups])
     path = cache_folder() / "reference" / f"{fingerprint(scorer.model, groups)}.safetensors"
     flat = read_stored(path, size=int(ends[-1]))
     if flat is not None:
         say(f"reference: {len(groups):,} groups, known from {path}")
+        with suppress(OSError):  # somebody else's cache may be read only
+            path.touch()
     else:
         flat = np.concatenate(computed(settings, scorer, groups))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, save({"logprobs": flat}))
+            write_atomic(path, save({"logprobs": flat}, metadata=described(settings)))
         except OSError as error:
             say(f"reference: not kept on disk, the next run computes it anew ({error})")
     return np.split(flat, ends[:-1])
+
+
+def described(settings: PreferenceSettings) -> dict[str, str]:
+    """What log-probs are of, in words, as far as it has names."""
+    return {"model": settings.reference or settings.model, "data": " ".join(settings.data + settings.eval_data)}
 
 
 def read_stored(path: Path, size: int) -> np.ndarray | None:

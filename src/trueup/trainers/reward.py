@@ -26,6 +26,7 @@ from trueup.trainers.process import train_process
 from trueup.trainers.ranked import check_ranked, ordered_pairs, outcomes, ranked_mask, ranked_rows
 from trueup.trainers.session import RunResult, guarded, open_session
 from trueup.trainers.settings import RewardSettings
+from trueup.trainers.summary import compared_pairs
 from trueup.trainers.tally import Totals
 from trueup.trainers.trained_model import load_trained, save_trained
 
@@ -73,8 +74,7 @@ def train_reward(
         scorer,
         loss=loss,
         save_model=lambda folder: save_trained(reward_model, tokenizer, folder),
-        accuracy="accuracy",
-        score_gap="margin",
+        summarise=partial(compared_pairs, accuracy="accuracy", score_gap="margin"),
     )
 
 

