@@ -157,6 +157,10 @@ CALLS: list[tuple[Callable, dict]] = [
     (preference.plackett_luce_dpo, KL | {"beta": 0.5, "mask": MASK}),
     (preference.match_ranks, {"values": COLUMN, "targets": COLUMN}),
     (preference.aot, {"values": TABLE, "matched": TABLE.flip(0), "beta": 0.5}),
+    (
+        preference.aot_unpaired,
+        {**PAIR, "chosen_matched": TABLE, "rejected_matched": TABLE.flip(1)},
+    ),
     (preference.wpo_weights, {"token_logprobs": -TABLE, "mask": MASK, "log_collision": TABLE}),
     (
         preference.length_desensitized_logprobs,
