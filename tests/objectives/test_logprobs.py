@@ -538,6 +538,18 @@ def test_a_sum_of_another_kind_is_named() -> None:
     h = head()
     with pytest.raises(ValueError, match=r"weight_grad is torch.float32, and sums of torch.float64 are torch.float64"):
         linear_logprobs(h.hidden, h.weight, h.targets, weight_grad=torch.zeros(23, 6))
+    with pytest.raises(ValueError, match=r"weight_grad has the shape \(1, 6\), expected \(23, 6\)"):
+        linear_logprobs.__wrapped__(h.hidden, h.weight, h.targets, weight_grad=torch.zeros(1, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("dtype", "num_rows"), [(torch.float32, 1024), (torch.bfloat16, 2048)])
+def test_default_tiles_of_a_cpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, num_rows: int) -> None:
+    sizes, slices = [], logprobs_module._slices
+    monkeypatch.setattr(logprobs_module, "_slices", lambda length, size: sizes.append(size) or slices(length, size))
+    monkeypatch.setattr(logprobs_module, "product_dtype", lambda x: x.dtype)
+    h = head(dtype=dtype)
+    linear_logprobs(h.hidden, h.weight, h.targets)
+    assert sizes == [num_rows, 1024]
 
 
 @pytest.mark.parametrize("want", WANTS)
