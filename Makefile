@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 JOBS ?= 2
-# A part of the mutation run: make mutants MUTANTS="'trueup.objectives.value.*'"
+# A part of the mutation run: make mutants MUTANTS='trueup.objectives.value.*'
 MUTANTS ?=
 
 .PHONY: demo test test-slow lint format mutants bench clean
