@@ -104,7 +104,8 @@ def test_streaming_resumes_where_it_was(tiny_model: str, pairs: list, tmp_path: 
 
 
 def test_what_a_run_leaves(tiny_model: str, pairs: list, output: str):
-    result = dpo(model=tiny_model, data=pairs, output=output, holdout=0.3, batch_size=8, quiet=True, sample_tokens=4)
+    settings = {"holdout": 0.3, "batch_size": 8, "quiet": True, "sample_tokens": 4, "dtype": "float32"}
+    result = dpo(model=tiny_model, data=pairs, output=output, **settings)
     folder = Path(output)
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "checkpoints"}
@@ -140,7 +141,8 @@ def test_saved_reward_model_scores_alike_in_transformers(tiny_model: str, pairs:
 
 
 def test_fit_reference_starts_dpo_from_the_fitted_model(tiny_model: str, pairs: list, output: str):
-    train("preference", tiny_model, pairs, output, fit_reference=True, fit_learning_rate=1e-2, eval_data=pairs)
+    fitting = {"fit_reference": True, "fit_learning_rate": 1e-2, "dtype": "float32"}
+    train("preference", tiny_model, pairs, output, eval_data=pairs, **fitting)
     fitted = [line for line in metrics(Path(output) / "reference") if "eval_loss" in line]
     tuned = [line for line in metrics(output) if "eval_loss" in line]
     assert fitted[-1]["eval_loss"] < fitted[0]["eval_loss"]

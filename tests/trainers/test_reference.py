@@ -43,9 +43,10 @@ def train(model: str, data: Any, output: Path, **settings: Any) -> list[dict[str
 def test_known_in_advance_is_what_a_live_reference_says(
     lora_rank: int, cache: Path, tiny_model: str, pairs: list, tmp_path: Path
 ):
-    live = train(tiny_model, pairs, tmp_path / "live", lora_rank=lora_rank, cache_reference=False)
+    settings = {"lora_rank": lora_rank, "dtype": "float32"}
+    live = train(tiny_model, pairs, tmp_path / "live", cache_reference=False, **settings)
     assert not cache.exists()
-    known = train(tiny_model, pairs, tmp_path / "known", lora_rank=lora_rank)
+    known = train(tiny_model, pairs, tmp_path / "known", **settings)
     for ours, theirs in zip(known, live, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 

@@ -88,7 +88,8 @@ class Part(NamedTuple):
 
     def seen_from(self, start: int) -> tuple[slice, slice]:
         """Its queries and keys, counted from ``start``."""
-        return tuple(slice(each.start - start, each.stop - start) for each in (self.queries, self.keys))
+        queries, keys = (slice(each.start - start, each.stop - start) for each in (self.queries, self.keys))
+        return queries, keys
 
 
 def attention_parts(layout: TreeLayout, window: int | None, dtype: torch.dtype) -> list[tuple[slice, list[Part]]]:

@@ -159,7 +159,7 @@ class _EmbedWithSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        tokens, total = ctx.saved_tensors[0].flatten(), gradient_sum(ctx.layer)
+        tokens, total = ctx.saved_tensors[0].flatten(), getattr(ctx.layer, _GRADIENT_SUM)
         rows = grad.flatten(0, -2).to(total.dtype)
         if ctx.layer.padding_idx is not None:  # whose embedding is not trained
             rows = rows.masked_fill((tokens == ctx.layer.padding_idx).unsqueeze(-1), 0)

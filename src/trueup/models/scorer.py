@@ -111,7 +111,8 @@ def vocabulary_layers(scorer: nn.Module) -> list[nn.Embedding | nn.Linear]:
     model = plain_model(scorer.model)
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings() if isinstance(scorer, Scorer) and not scorer.own_head else None
-    return [each for each in (embedding, head) if type(each) in (nn.Embedding, nn.Linear)]
+    found: list[Any] = [each for each in (embedding, head) if type(each) in (nn.Embedding, nn.Linear)]
+    return found
 
 
 def plain_model(model: nn.Module) -> Any:

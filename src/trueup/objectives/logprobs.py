@@ -208,7 +208,8 @@ def linear_logprobs(
     if padding := grid_padding(num_tokens, like=hidden):
         hidden, targets = F.pad(hidden, (0, 0, 0, padding)), F.pad(targets, (0, padding))
     found: Any = _LinearLogprobs.apply(hidden, weight, bias, targets, head, frozenset(want), weight_grad)
-    return TokenStatistics(*(None if each is None else each[:num_tokens] for each in found))
+    cut: Any = (None if each is None else each[:num_tokens] for each in found)
+    return TokenStatistics(*cut)
 
 
 def _sum_dtype(hidden: Tensor) -> torch.dtype:
@@ -344,6 +345,7 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, log_partition, total_entropy = ctx.saved_tensors
         head: _Head = ctx.head
+        given_sum: Any = ctx.weight_grad
         tiles = _Tiles(hidden, weight, bias, targets, head)
         slope = head.scale / head.temperature
         pull = torch.zeros_like(log_partition) if grad_logprobs is None else grad_logprobs * slope
@@ -353,7 +355,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden, dtype=tiles.dtype) if wants_hidden else None
-        grad_weight = torch.empty_like(weight) if wants_weight and ctx.weight_grad is None else None
+        grad_weight = torch.empty_like(weight) if wants_weight and given_sum is None else None
         grad_bias = torch.empty_like(bias) if wants_bias else None
         for columns in tiles.columns:
             weights = tiles.weights(columns)
@@ -361,7 +363,7 @@ class _LinearLogprobs(torch.autograd.Function):
             if grad_weight is not None:
                 weight_sum = tiles.room("weight_sum", weights[0].shape).zero_()
             elif wants_weight:
-                weight_sum = ctx.weight_grad[columns]
+                weight_sum = given_sum[columns]  # pyright: ignore[reportOptionalSubscript]
             bias_sum = tiles.room("bias_sum", weights[0].shape[:1]).zero_() if wants_bias else None
             for rows in tiles.rows:
                 grad = tiles.logits(rows, *weights)
