@@ -175,25 +175,25 @@ class Bench:
     peer_python: Path
     our_options: tuple[str, ...]
 
-    def _run(
-        self, python: Path, script: str, objective: str, allocator: str, options: Sequence[str], num_steps: int
-    ) -> Run:
-        shared = [objective, "--work", str(self.work.folder), "--num-steps", str(num_steps)]
+    def _run(self, python: Path, script: str, objective: str, allocator: str, options: Sequence[str]) -> Run:
+        shared = [objective, "--work", str(self.work.folder), "--num-steps", str(self.num_steps)]
         shared += ["--batch-size", str(self.batch_size), "--precision", self.precision, "--threads", str(self.threads)]
         env = environment(self.threads, allocator)
         return parse_run(call([python, HERE / script, *shared, *options], env))
 
     def ours(self, objective: str, allocator: str) -> Run:
-        return self._run(self.our_python, "ours.py", objective, allocator, self.our_options, self.num_steps)
+        return self._run(self.our_python, "ours.py", objective, allocator, self.our_options)
 
-    def peer(self, objective: str, allocator: str, options: Sequence[str], num_steps: int | None = None) -> Run:
-        num_steps = num_steps or self.num_steps
-        return self._run(self.peer_python, "peer_trl.py", objective, allocator, options, num_steps)
+    def peer(self, objective: str, allocator: str, options: Sequence[str]) -> Run:
+        return self._run(self.peer_python, "peer_trl.py", objective, allocator, options)
 
     def peer_seconds(self, objective: str, allocator: str, options: tuple[str, ...]) -> float | None:
-        """Seconds of one step after the warm-up, for the search of ``fastest_options``; None if it can't run."""
+        """Seconds per step over the same steps as in the rounds, for ``fastest_options``; None if it can't run.
+
+        One step would not do: batches differ in length, and what is fastest on a short one is not on a long one.
+        """
         try:
-            seconds = self.peer(objective, allocator, options, WARMUP_STEPS + 1).seconds(WARMUP_STEPS)
+            seconds = self.peer(objective, allocator, options).seconds(WARMUP_STEPS)
         except SideFailed as error:
             say(f"  {' '.join(options)}: can't run ({str(error).splitlines()[-1]})")
             return None
