@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trueup.objectives.products import grid_padding, product_dtype
-from trueup.objectives.shapes import fill_masked, require_same_shape
+from trueup.objectives.shapes import fill_masked, require_positive, require_same_shape
 
 
 class TokenStatistics(NamedTuple):
@@ -47,7 +47,7 @@ def token_logprobs(
 
     Natural logarithm; bfloat16 and float16 logits are raised to float32. Raises ``ValueError`` unless temperature > 0.
     """
-    _require_positive("temperature", temperature)
+    require_positive("temperature", temperature)
     scaled = _scaled(logits, temperature)
     return scaled.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
 
@@ -59,7 +59,7 @@ def entropy(logits: Float[Tensor, "*batch vocab"], *, temperature: float = 1.0) 
 
     bfloat16 and float16 logits are raised to float32. Raises ``ValueError`` unless temperature > 0.
     """
-    _require_positive("temperature", temperature)
+    require_positive("temperature", temperature)
     logprobs = _scaled(logits, temperature).log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
@@ -73,7 +73,7 @@ def vocab_mean_logprobs(logits: Float[Tensor, "*batch vocab"], *, temperature: f
     ``label_smoothed_nll``. bfloat16 and float16 logits are raised to float32. Raises ``ValueError`` unless
     temperature > 0.
     """
-    _require_positive("temperature", temperature)
+    require_positive("temperature", temperature)
     scaled = _scaled(logits, temperature)
     return scaled.mean(-1) - scaled.logsumexp(-1)
 
@@ -87,7 +87,7 @@ def log_collision(logits: Float[Tensor, "*batch vocab"], *, temperature: float =
     a loss: no gradient flows through it. bfloat16 and float16 logits are raised to float32. Raises ``ValueError``
     unless temperature > 0.
     """
-    _require_positive("temperature", temperature)
+    require_positive("temperature", temperature)
     scaled = _scaled(logits.detach(), temperature)
     return (2 * scaled).logsumexp(-1) - 2 * scaled.logsumexp(-1)
 
@@ -184,16 +184,16 @@ def linear_logprobs(
     Source: softmax by blocks, Milakov & Gimelshein 2018 (arXiv 1805.02867); a loss over tiles of the vocabulary with
     the logits computed anew, Wijmans et al. 2024 (arXiv 2411.09009).
     """
-    _require_positive("temperature", temperature)
+    require_positive("temperature", temperature)
     _require_known(want)
     on_cpu = (2048, 1024) if product_dtype(hidden) == torch.bfloat16 else (1024, 1024)
     rows, columns = on_cpu if hidden.device.type == "cpu" else (4096, 8192)
     chunk_size = rows if chunk_size is None else chunk_size
     vocab_chunk_size = columns if vocab_chunk_size is None else vocab_chunk_size
-    _require_positive("chunk_size", chunk_size)
-    _require_positive("vocab_chunk_size", vocab_chunk_size)
+    require_positive("chunk_size", chunk_size)
+    require_positive("vocab_chunk_size", vocab_chunk_size)
     if softcap is not None:
-        _require_positive("softcap", softcap)
+        require_positive("softcap", softcap)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
             raise ValueError(f"hidden is {hidden.dtype} but {name} is {tensor.dtype}: cast one to the other's type")
@@ -423,8 +423,3 @@ def _require_known(want: Collection[str]) -> None:
     known = TokenStatistics._fields[1:]
     if unknown := set(want).difference(known):
         raise ValueError(f"want names {', '.join(sorted(unknown))}, but knows only {', '.join(known)}")
-
-
-def _require_positive(name: str, value: float | int) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")

@@ -25,7 +25,7 @@ def fill_masked(x: Tensor, mask: Tensor | None, filling: float = 0.0) -> Tensor:
     return x if mask is None else torch.where(mask, x, filling)
 
 
-def require_positive(name: str, value: float) -> None:
+def require_positive(name: str, value: float | int) -> None:
     """Raise ``ValueError``, naming the argument, unless it is above 0; NaN is not."""
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
