@@ -83,7 +83,8 @@ def write_pretrained(work: protocol.Work, tokenizer: Any, name: str) -> None:
     has a fresh head."""
     policy = load_model(name, dtype="float32").model
     reward_model = AutoModelForSequenceClassification.from_pretrained(model_source(name), num_labels=1)
-    reward_model.config.pad_token_id = tokenizer.pad_token_id
+    # Not the end token: transformers would leave its embedding untrained, and trueup does not.
+    policy.config.pad_token_id = reward_model.config.pad_token_id = tokenizer.pad_token_id
     policy.save_pretrained(work.policy)
     reward_model.save_pretrained(work.reward_model)
     torch.manual_seed(SEED)
