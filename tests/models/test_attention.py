@@ -44,7 +44,7 @@ def test_parts_hold_every_visible_pair_exactly_once(make_groups, monkeypatch, wi
     batch = tree_batch(make_groups(SHAPES))
     count = torch.zeros(len(batch.tokens), len(batch.tokens), dtype=torch.int64)
     written = torch.zeros(len(batch.tokens), dtype=torch.bool)
-    for part in (part for _, parts in attention_parts(batch.layout, window, torch.float64) for part in parts):
+    for part in attention_parts(batch.layout, window, torch.float64):
         block = torch.ones(count[part.queries, part.keys].shape, dtype=torch.bool)
         if part.causal:
             block = block.tril()

@@ -86,30 +86,23 @@ class Part(NamedTuple):
     bias: Tensor | None = None
     """Added to the scores [Q, K]: 0 where visible, −∞ elsewhere. None: all visible, or as ``causal`` says."""
 
-    def seen_from(self, start: int) -> tuple[slice, slice]:
-        """Its queries and keys, counted from ``start``."""
-        queries, keys = (slice(each.start - start, each.stop - start) for each in (self.queries, self.keys))
-        return queries, keys
 
-
-def attention_parts(layout: TreeLayout, window: int | None, dtype: torch.dtype) -> list[tuple[slice, list[Part]]]:
+def attention_parts(layout: TreeLayout, window: int | None, dtype: torch.dtype) -> list[Part]:
     """The stream's attention as blocks that together hold every visible pair once, and what else they hold is hidden.
 
-    They come by stretches of the stream that have nothing to do with each other: (place, its parts). A block whose keys
-    end before its queries begin (a prompt under its completions) comes after the one in which these queries attend to
-    their own stretch. ``dtype`` is that of the biases. Kept with the layout, as every layer asks.
+    A block whose keys end before its queries begin (a prompt under its completions) comes after the one in which these
+    queries attend to their own stretch. ``dtype`` is that of the biases. Kept with the layout, as every layer asks.
     """
     if (window, dtype) not in layout.kept:
-        stretches: list[tuple[slice, list[Part]]] = []
+        parts: list[Part] = []
         for run in _runs(layout.spans):
             whole = slice(run[0].start, run[-1].stop)
-            parts = (
-                list(_parts(layout, run[0], window, dtype))
+            parts += (
+                _parts(layout, run[0], window, dtype)
                 if len(run) == 1
                 else [_biased(layout, whole, whole, window, dtype)]
             )
-            stretches.append((whole, parts))
-        layout.kept[window, dtype] = stretches
+        layout.kept[window, dtype] = parts
     return layout.kept[window, dtype]
 
 
@@ -184,7 +177,7 @@ class _AttentionByParts(torch.autograd.Function):
         out[:, :, layout.spans[-1].stop :] = 0
         dtype = torch.promote_types(query.dtype, torch.float32)
         lse = out.new_empty(1, query.shape[2], query.shape[1], dtype=dtype).transpose(1, 2)
-        for part in (part for _, parts in attention_parts(layout, window, query.dtype) for part in parts):
+        for part in attention_parts(layout, window, query.dtype):
             piece, piece_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query[:, :, part.queries],
                 key[:, :, part.keys],
@@ -210,33 +203,26 @@ class _AttentionByParts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        query, key, value, out, lse = ctx.saved_tensors
-        grads = [torch.empty_like(each.transpose(1, 2)).transpose(1, 2) for each in (query, key, value)]
-        for place, parts in attention_parts(ctx.layout, ctx.window, lse.dtype):
-            # PyTorch's kernel is many times faster in float32 than in half precision; a stretch stays in cache.
-            q, k, v, o, g = (each[:, :, place].to(lse.dtype) for each in (query, key, value, out, grad))
-            totals = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-            for part in parts:
-                queries, keys = part.seen_from(place.start)
-                pieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    g[:, :, queries],
-                    q[:, :, queries],
-                    k[:, :, keys],
-                    v[:, :, keys],
-                    o[:, :, queries],
-                    lse[:, :, part.queries],
-                    0.0,
-                    part.causal,
-                    attn_mask=part.bias,
-                    scale=ctx.scaling,
-                )
-                for total, piece, where in zip(totals, pieces, (queries, keys, keys), strict=True):
-                    total[:, :, where].add_(piece)
-            for grad_whole, total in zip(grads, totals, strict=True):
-                grad_whole[:, :, place] = total
-        for grad_whole in grads:
-            grad_whole[:, :, ctx.layout.spans[-1].stop :] = 0
-        return *grads, None, None, None
+        *saved, lse = ctx.saved_tensors
+        # PyTorch's kernel is many times slower in half precision.
+        query, key, value, out, grad = (each.to(lse.dtype) for each in (*saved, grad))
+        grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for part in attention_parts(ctx.layout, ctx.window, lse.dtype):
+            pieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad[:, :, part.queries],
+                query[:, :, part.queries],
+                key[:, :, part.keys],
+                value[:, :, part.keys],
+                out[:, :, part.queries],
+                lse[:, :, part.queries],
+                0.0,
+                part.causal,
+                attn_mask=part.bias,
+                scale=ctx.scaling,
+            )
+            for total, piece, where in zip(grads, pieces, (part.queries, part.keys, part.keys), strict=True):
+                total[:, :, where].add_(piece)
+        return *(total.to(saved[0].dtype) for total in grads), None, None, None
 
 
 def attention_by_parts(
