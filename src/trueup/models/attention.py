@@ -71,8 +71,9 @@ def dense_tree_attention(query: Tensor, key: Tensor, value: Tensor, layout: Tree
     window = options.pop("window", None)
     places = [slice(span.start, span.stop) for span in layout.spans]
     padding = query.shape[2] - places[-1].stop
-    sizes = [*(place.stop - place.start for place in places), padding]
-    blocks = zip(places, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=False)
+    real = (each[:, :, : places[-1].stop] for each in (query, key, value))
+    sizes = [place.stop - place.start for place in places]
+    blocks = zip(places, *(each.split(sizes, 2) for each in real), strict=True)
     outs = [dense_attention(q, k, v, layout.mask(window, place, place), **options) for place, q, k, v in blocks]
     return nn.functional.pad(torch.cat(outs, dim=2), (0, 0, 0, padding))
 

@@ -104,8 +104,9 @@ class RewardScorer(nn.Module):
 
 
 def vocabulary_layers(scorer: nn.Module) -> list[nn.Embedding | nn.Linear]:
-    """The layers whose weights have a row for every entry of the vocabulary, if they are plain: the input embedding,
-    and of a ``Scorer`` the head. ``MasterWeights`` adds up their gradients in place."""
+    """The layers whose weights have a row for every entry of the vocabulary: the input embedding, and of a ``Scorer``
+    the head. ``MasterWeights`` adds up their gradients in place. Only plain layers: a scaled embedding, or one with an
+    adapter, does more with its weights, and its gradient stays autograd's."""
     if not isinstance(scorer, Scorer | RewardScorer):
         return []
     model = plain_model(scorer.model)
