@@ -56,7 +56,8 @@ class Completion:
     """The tokens of one completion.
 
     ``tokens``: int64 [T], end token included. ``mask``: bool [T], True where the model wrote the token (tool output
-    and other people's turns are False); None means everywhere. ``sampler_logprobs``: float32 [T], from the engine.
+    and other people's turns are False); None means everywhere. ``sampler_logprobs``: float32 [T], from the engine, of the distribution that was
+    really sampled; ``untempered_logprobs``: float32 [T], of the model's own (temperature 1, no token cut off).
     ``step_ends``: int64 [M], ascending: the index of each step's last token, where the completion is divided into
     steps. ``step_labels``: float32 [M], how right each step is, in [0, 1]; NaN where nobody said.
     """
@@ -65,6 +66,7 @@ class Completion:
     mask: np.ndarray | None = None
     stop_reason: StopReason = StopReason.END
     sampler_logprobs: np.ndarray | None = None
+    untempered_logprobs: np.ndarray | None = None
     step_ends: np.ndarray | None = None
     step_labels: np.ndarray | None = None
 

@@ -1,0 +1,1 @@
+"""What writes completions: one contract, several engines."""
