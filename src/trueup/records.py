@@ -56,10 +56,10 @@ class Completion:
     """The tokens of one completion.
 
     ``tokens``: int64 [T], end token included. ``mask``: bool [T], True where the model wrote the token (tool output
-    and other people's turns are False); None means everywhere. ``sampler_logprobs``: float32 [T], from the engine, of the distribution that was
-    really sampled; ``untempered_logprobs``: float32 [T], of the model's own (temperature 1, no token cut off).
-    ``step_ends``: int64 [M], ascending: the index of each step's last token, where the completion is divided into
-    steps. ``step_labels``: float32 [M], how right each step is, in [0, 1]; NaN where nobody said.
+    and other people's turns are False); None means everywhere. From the engine: ``sampler_logprobs``, float32 [T], of
+    the distribution that was really sampled; ``untempered_logprobs``, float32 [T], of the model's own (temperature 1,
+    no token cut off). ``step_ends``: int64 [M], ascending: the index of each step's last token, where the completion
+    is divided into steps. ``step_labels``: float32 [M], how right each step is, in [0, 1]; NaN where nobody said.
     """
 
     tokens: np.ndarray
