@@ -190,9 +190,8 @@ def test_every_format_is_detected_and_read(
 
 
 def test_every_format_is_tried_above() -> None:
-    assert {name.partition(",")[0] for name in (*SFT_ROWS, *PREFERENCE_ROWS, *PROCESS_ROWS)} == set(FORMATS) - set(
-        PROMPTS
-    )  # these: test_prompts.py
+    tried = {name.partition(",")[0] for name in (*SFT_ROWS, *PREFERENCE_ROWS, *PROCESS_ROWS)}
+    assert tried == set(FORMATS) - set(PROMPTS), "those are in test_prompts.py"
 
 
 @pytest.mark.parametrize("name", PREFERENCE_ROWS)
