@@ -81,9 +81,7 @@ def k3(logprobs: Float[Tensor, "*batch"], ref_logprobs: Float[Tensor, "*batch"])
     return torch.expm1(-difference) + difference
 
 
-def k3_of_old(
-    logprobs: Float[Tensor, "*batch"], old_logprobs: Float[Tensor, "*batch"]
-) -> Float[Tensor, "*batch"]:
+def k3_of_old(logprobs: Float[Tensor, "*batch"], old_logprobs: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """KL(π_old‖π) from what π_old sampled: how far the policy has moved since, never negative.
 
         k = ρ − 1 − log ρ,    ρ = π/π_old

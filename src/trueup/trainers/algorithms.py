@@ -118,9 +118,11 @@ def process_normalized(x: Experience, settings: PolicySettings) -> Tensor:
 
 def gae(x: Experience, settings: PolicySettings) -> Tensor:
     """Generalised advantage estimation with the critic's values."""
-    assert x.values is not None and x.bootstrap is not None
+    assert x.values is not None
     after = returns.next_values(x.values, x.bootstrap, x.mask)
-    return advantages.gae(x.rewards, _discounts(x, settings), x.values, after, gae_lambda=settings.gae_lambda, mask=x.mask)
+    return advantages.gae(
+        x.rewards, _discounts(x, settings), x.values, after, gae_lambda=settings.gae_lambda, mask=x.mask
+    )
 
 
 def right_ones(x: Experience, settings: PolicySettings) -> Tensor:

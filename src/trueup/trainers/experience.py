@@ -77,8 +77,13 @@ class Experience:
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device) -> Experience:
         """The rollout that ``state_dict`` was of."""
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in state.items()}
-        return cls(**(moved | {"groups": tuple(map(_group_from, state["groups"]))}))
+        groups = tuple(map(_group_from, state["groups"]))
+        others: dict[str, Any] = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in state.items()
+            if name != "groups"
+        }
+        return cls(groups=groups, **others)
 
 
 def new_experience(
@@ -99,7 +104,7 @@ def new_experience(
     truncated = torch.tensor([completion.truncated for completion in completions])
     learned = mask & ~truncated[:, None] if mask_truncated else mask
     rewards = torch.where(last_tokens(mask), scores.cpu().float().reshape(-1, 1), 0.0)
-    rows = {"mask": mask, "learned": learned, "truncated": truncated, "rewards": rewards}
+    rows: dict[str, Any] = {"mask": mask, "learned": learned, "truncated": truncated, "rewards": rewards}
     rows |= {"sampler_logprobs": sampler * mask, "old_logprobs": torch.where(mask, torch.nan, 0.0)}
     return Experience(
         groups=tuple(groups), scores=scores.float().to(device), **{name: rows[name].to(device) for name in rows}
@@ -216,9 +221,15 @@ def _group_state(group: CompletionGroup) -> dict[str, Any]:
 
 
 def _group_from(state: Mapping[str, Any]) -> CompletionGroup:
+    def array(tensor: Tensor | None) -> Any:
+        return None if tensor is None else tensor.numpy()
+
     completions = (
         Completion(
-            **{name: each[name] if each[name] is None else each[name].numpy() for name in ("tokens", "mask", "step_ends")},
+            **{
+                name: each[name] if each[name] is None else each[name].numpy()
+                for name in ("tokens", "mask", "step_ends")
+            },
             stop_reason=StopReason(each["stop_reason"]),
         )
         for each in state["completions"]

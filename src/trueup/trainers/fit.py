@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from trueup.data.collate import micro_batches
 from trueup.models.tree import TreeBatch, tree_batch
 from trueup.records import CompletionGroup
-from trueup.runs.progress import RunProgress
 from trueup.trainers.fingerprint import weights_fingerprint
 from trueup.trainers.inputs import Inputs
 from trueup.trainers.memory import memory_errors
@@ -121,4 +120,3 @@ def fit(
 
             session.after_step(done, inputs.num_steps, evaluate=evaluate, save=save)
     return session.result(evaluated or trained)
-

@@ -16,31 +16,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trueup.data.collate import epoch_order
 from trueup.errors import SettingsError
 from trueup.objectives import policy_gradient, reduce, value
-from trueup.objectives.advantages import running_mean, whiten
-from trueup.objectives.divergence import kl_penalized_rewards
-from trueup.records import CompletionGroup
-from trueup.rewards.samples import RewardScores
-from trueup.runs.progress import RunProgress
 from trueup.trainers.algorithms import Algorithm, Learned, kl_loss
 from trueup.trainers.evaluation import evaluate_policy
-from trueup.trainers.experience import Experience, Micro, new_experience, passes, put_rows, put_steps, said_by, units
+from trueup.trainers.experience import Experience, Micro, passes, units
 from trueup.trainers.memory import memory_errors
 from trueup.trainers.players import Players, load_players, save_critic
-from trueup.trainers.policy_inputs import PolicyInputs, load_policy_inputs
-from trueup.trainers.policy_metrics import Alarms, learning_metrics, rollout_metrics
+from trueup.trainers.policy_inputs import load_policy_inputs
+from trueup.trainers.policy_metrics import Alarms, learning_metrics
 from trueup.trainers.policy_settings import PolicySettings
+from trueup.trainers.rollouts import Moving, mini_batch, roll_out
 from trueup.trainers.session import RunResult, guarded, open_session
 from trueup.trainers.stepping import Stepper
 from trueup.trainers.tally import Tally, Totals
@@ -102,11 +98,11 @@ def train_policy(
         }
         session.save(step, stepper, counters, save_models, more)
 
-    def save_models(folder: Any) -> None:
+    def save_models(folder: Path) -> None:
         save_trained(policy, tokenizer, folder)
         save_critic(players, folder)
 
-    start, counters = session.restore(stepper, inputs.fingerprints | players.fingerprints, take_over)
+    start, counters = session.restore(stepper, {**inputs.fingerprints, **players.fingerprints}, take_over)
     players.take_policy_to_engine()
     open_critic = closing(critic) if critic else nullcontext()
     with closing(stepper), open_critic, session.running(start, inputs.num_steps) as progress:
@@ -149,6 +145,8 @@ def train_policy(
                 progress.step(num_tokens=tally.tokens, metrics=shown)
                 if broken:
                     session.skipped([x.groups[index] for index in chosen], step + 1, counters)
+            else:
+                progress.step()
             if inner + 1 == settings.steps_per_rollout:
                 end_rollout(number, settings, players, moving, metrics)
             session.after_step(step + 1, inputs.num_steps, evaluate=evaluate, save=save)
@@ -174,7 +172,9 @@ def learn(
     totals = Totals(groups=len(chosen), completions=len(rows), tokens=int(x.learned[rows].sum()))
     tally = Tally()
     limit = sum(x.groups[index].num_tokens for index in chosen) if algorithm.whole_groups else settings.tokens_per_batch
-    for micro in passes(units(x, chosen, taking_part(x, settings, algorithm), limit), settings.tokens_per_batch, players.device):
+    for micro in passes(
+        units(x, chosen, taking_part(x, settings, algorithm), limit), settings.tokens_per_batch, players.device
+    ):
         with memory_errors(settings, micro.groups):
             share, metrics = x.rewards.new_zeros(()), {}
             if not only_critic:
@@ -208,7 +208,9 @@ def policy_loss(
     moving: Moving,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """This micro-batch's share of the step's loss."""
-    said = players.scorer(micro.batch, temperature=settings.temperature, want=("entropy",) * (settings.entropy_coef > 0))
+    said = players.scorer(
+        micro.batch, temperature=settings.temperature, want=("entropy",) * (settings.entropy_coef > 0)
+    )
     logprobs = micro.batch.rows(said.logprobs)
 
     def rows(values: Tensor) -> Tensor:
@@ -249,10 +251,12 @@ def critic_loss(
     x: Experience, micro: Micro, totals: Totals, settings: PolicySettings, players: Players
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The same of the critic's regression on the returns, a mean over tokens."""
-    assert x.returns is not None and x.values is not None
+    assert x.returns is not None
+    assert x.values is not None
     before, _ = players.values(micro.batch)
-    values, (old, returns, mask) = micro.batch.rows(before), (
-        tensor[micro.rows, : micro.batch.longest] for tensor in (x.values, x.returns, x.learned)
+    values, (old, returns, mask) = (
+        micro.batch.rows(before),
+        (tensor[micro.rows, : micro.batch.longest] for tensor in (x.values, x.returns, x.learned)),
     )
     if settings.value_clip is None:
         losses = value.value_loss(values, returns)

@@ -88,9 +88,8 @@ def load_policy_inputs(
     without data and where prompt and completion don't fit into the model's context, ``DataError`` for what can't be
     read and where no prompt is left.
     """
-    source, held_out_source = (
-        given if given is not None else named for given, named in ((data, settings.data), (eval_data, settings.eval_data))
-    )
+    source = settings.data if data is None else data
+    held_out_source = settings.eval_data if eval_data is None else eval_data
     if isinstance(source, tuple | list) and not source:
         raise SettingsError("no prompts are given", where="--data", way_out="--data FILE.jsonl")
     room = (context_length(model) or settings.max_length + settings.max_new_tokens) - settings.max_new_tokens

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trueup.objectives import divergence, policy_gradient, reduce
+from trueup.objectives import divergence, reduce
 from trueup.records import StopReason
 from trueup.trainers.algorithms import Learned
 from trueup.trainers.experience import Experience
@@ -47,7 +47,8 @@ def rollout_metrics(x: Experience, each: Mapping[str, np.ndarray]) -> dict[str, 
 def critic_metrics(x: Experience) -> dict[str, float]:
     """How much of the returns' variance the critic explained before it learned from them, and what PPO's trainers
     have always reported."""
-    assert x.values is not None and x.returns is not None
+    assert x.values is not None
+    assert x.returns is not None
     returns, values = x.returns[x.mask], x.values[x.mask]
     variance = returns.var(correction=0).item()
     left = (returns - values).var(correction=0).item()
@@ -145,7 +146,9 @@ ALARMS = {
         "\n  → easier or harder prompts, a larger --group-size, --filter-groups, or a reward with more shades",
     ),
     "KL run-away": (
-        lambda metrics, first: metrics.get("objective/kl", 0.0) > max(100.0, metrics.get("completions/mean_length", 0.0)),
+        lambda metrics, first: (
+            metrics.get("objective/kl", 0.0) > max(10.0, metrics.get("completions/mean_length", 0.0))
+        ),
         "the policy is more than a nat per token away from its reference"
         "\n  → a larger --kl-coef, or --kl-target, or a lower --learning-rate",
     ),

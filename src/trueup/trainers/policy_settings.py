@@ -93,7 +93,8 @@ class PolicySettings(RewardChoice, TrainSettings):
     token."""
 
     importance: Literal["none", "truncated", "masked"] = "none"
-    """Weigh tokens by π_old/π_sampler, where trainer and sampler differ: cut at --importance-cap, or left out beyond."""
+    """Weigh tokens by π_old/π_sampler, where trainer and sampler differ: cut at --importance-cap, or left out
+    beyond."""
     importance_cap: float = 2.0
     """Largest such weight (and for 'masked' its inverse the smallest)."""
     truncated_completions: Literal["terminal", "masked", "bootstrapped"] = "terminal"
