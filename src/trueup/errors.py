@@ -41,6 +41,10 @@ class NonFiniteError(TrueupError):
     """Too many losses or gradients that are not finite numbers."""
 
 
+class RewardError(TrueupError):
+    """A reward that raises, hangs, or gives what is no score; the message names it and the sample."""
+
+
 class OutOfMemoryError(TrueupError):
     """An allocation failed; the message says what to lower, and to what."""
 

@@ -10,7 +10,7 @@ from trueup.data.cells import as_turns
 from trueup.data.rows import Fields
 from trueup.records import Message, RankedCompletions, Text
 
-Task = Literal["sft", "preference", "process"]
+Task = Literal["sft", "preference", "process", "prompt"]
 Note = Callable[[str], None]
 
 

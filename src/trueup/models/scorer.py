@@ -94,7 +94,8 @@ class RewardScorer(nn.Module):
     """Scores of a sequence-classification model with one label. Made by ``prepare_reward_scorer``.
 
     Its trunk, then its ``score`` head; there is no language-model head. ``where`` it is read: "last", at each
-    completion's last token, or "step_ends", at the last token of each step.
+    completion's last token, "step_ends", at the last token of each step, or "states", wherever a critic has to say what
+    is still to come.
     """
 
     def __init__(self, model: nn.Module, path: str = "tree", *, where: str = "last") -> None:
@@ -104,7 +105,8 @@ class RewardScorer(nn.Module):
         self.where = where
 
     def forward(self, batch: TreeBatch) -> Tensor:
-        """Score every completion of the batch, float32 [C], or every step, [M]: in the order of the batch's indices."""
+        """Score every completion of the batch, float32 [C], every step, [M], or every state, [S + C]: in the order of
+        the batch's indices."""
         model = plain_model(self.model)
         return model.score(_hidden_states(model, batch, self.path, self.where)).squeeze(-1).float()
 
@@ -128,7 +130,8 @@ def plain_model(model: nn.Module) -> Any:
 
 
 def _hidden_states(model: Any, batch: TreeBatch, path: str, where: str) -> Tensor:
-    """The backbone's last hidden states at the batch's "scored" [S, D], "last" [C, D] or "step_ends" [M, D].
+    """The backbone's last hidden states at the batch's "scored" [S, D], "last" [C, D], "step_ends" [M, D] or
+    "states" [S + C, D].
 
     The backward pass of ``index_select`` adds row by row in order: the gradient of a state that is read several times
     (a prompt's last) is the same to the bit in every run on a CPU. That of ``hidden[index]`` is not.
