@@ -68,6 +68,8 @@ class Algorithm:
     """Whether a critic is trained beside the policy."""
     reference: bool = False
     """Whether the surrogate reads the reference's log-probs, whatever ``kl_coef`` is."""
+    every_completion: bool = False
+    """Whether the surrogate has a gradient where the advantage is 0."""
     whole_groups: bool = False
     """Whether the surrogate compares the completions of a group, so that none may be missing in a pass."""
     smallest_group: int = 1

@@ -177,17 +177,30 @@ def put_rows(target: Tensor, micro: Micro, flat: Tensor) -> None:
 @torch.no_grad()
 def said_by(
     forward: Callable[[TreeBatch], Tensor],
-    experience: Experience,
+    x: Experience,
+    groups: Sequence[int],
     tokens_per_batch: int,
-    groups: Sequence[int] | None = None,
+    elsewhere: Tensor | None = None,
 ) -> Tensor:
-    """What a model says about each token of the rollout (or of some of its groups): [C, T], 0 elsewhere."""
-    said = torch.zeros_like(experience.rewards)
+    """What a model says about each token of these groups, [C, T]; for the others what ``elsewhere`` has, or 0."""
+    said = torch.zeros_like(x.rewards) if elsewhere is None else elsewhere.clone()
     everything = np.ones(len(said), dtype=bool)
-    numbers = range(len(experience.groups)) if groups is None else groups
-    for micro in passes(units(experience, numbers, everything, tokens_per_batch), tokens_per_batch, said.device):
+    for micro in passes(units(x, groups, everything, tokens_per_batch), tokens_per_batch, said.device):
         put_rows(said, micro, forward(micro.batch))
     return said
+
+
+def put_steps(x: Experience, steps: Sequence[np.ndarray], step_ends: Sequence[np.ndarray]) -> Experience:
+    """The rollout with the rewards of its completions' steps, each at the last token of its step.
+
+    ``steps``: of each completion float64 [M], ``step_ends``: int64 [M].
+    """
+    rewards, mask = np.zeros(x.mask.shape, dtype=np.float32), np.zeros(x.mask.shape, dtype=bool)
+    for row, (scores, ends) in enumerate(zip(steps, step_ends, strict=True)):
+        rewards[row, ends], mask[row, ends] = scores, True
+    return replace(
+        x, step_rewards=torch.from_numpy(rewards).to(x.mask.device), step_mask=torch.from_numpy(mask).to(x.mask.device)
+    )
 
 
 def _group_state(group: CompletionGroup) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trueup.errors import SettingsError
+from trueup.rewards.settings import RewardChoice
 from trueup.rollout.settings import SamplingParams
 from trueup.runs.settings import check_choices, check_range, check_used
 from trueup.trainers.settings import TrainSettings
@@ -15,7 +16,7 @@ KLForm = Literal["reward", "token_k3", "token_k2", "weighted_k3", "prefix_k1", "
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicySettings(TrainSettings):
+class PolicySettings(RewardChoice, TrainSettings):
     """Online reinforcement learning: sample, score, advantages, surrogate, step.
 
     A recipe chooses the estimator, the surrogate and the reduction, and sets defaults; everything here can be set
@@ -27,12 +28,6 @@ class PolicySettings(TrainSettings):
     output: str = "runs/rl"
     """Folder of this run: settings, metrics, samples and checkpoints."""
 
-    reward: tuple[str, ...] = ()
-    """What scores completions: a built-in (exact, math, code …), FILE.py:FUNCTION, a reward model's folder, or a URL."""
-    reward_weights: tuple[float, ...] = ()
-    """Weight of each reward in the sum; by default 1 each."""
-    reward_timeout: float = 60.0
-    """Seconds that a reward may take for one rollout before the run stops and names it."""
     success_score: float = 1.0
     """A completion with at least this score is right: for pass@k, and for the recipes that learn from right ones."""
 
@@ -40,6 +35,8 @@ class PolicySettings(TrainSettings):
     """Prompts per rollout."""
     group_size: int = 8
     """Completions per prompt."""
+    max_steps: int | None = None
+    """Stop after this many optimiser steps; then --num-epochs does not count: prompts come again as often as needed."""
     num_mini_batches: int = 1
     """Optimiser steps in one pass over a rollout."""
     inner_epochs: int = 1
@@ -106,9 +103,6 @@ class PolicySettings(TrainSettings):
     """Sample further prompts in place of groups whose scores are all equal: they have no signal (DAPO)."""
     max_draws: int = 10
     """With --filter-groups: most times that prompts are drawn for one rollout; then it makes do with what it has."""
-    overlong_buffer: int = 0
-    """Soft overlong punishment (DAPO): from this many tokens before --max-new-tokens on, the score falls linearly, by 1
-    at the limit; 0: none."""
 
     critic: str = ""
     """Recipes with a critic: model that the critic starts from; by default the policy. A reward model is usual."""
@@ -125,19 +119,20 @@ class PolicySettings(TrainSettings):
     """Held-out prompts whose completions are written to samples.jsonl at every evaluation; 0 for none."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        TrainSettings.__post_init__(self)
+        RewardChoice.__post_init__(self)
         check_choices(self)
         for name in ("group_size", "num_mini_batches", "inner_epochs", "max_draws", "max_batch_tokens"):
             check_range(self, name, at_least=1)
         for name in ("reference_every", "eval_completions"):
             check_range(self, name, at_least=1)
-        for name in ("kl_target", "target_kl", "penalty_target", "value_clip", "reward_timeout", "temperature"):
+        for name in ("kl_target", "target_kl", "penalty_target", "value_clip", "temperature"):
             check_range(self, name, above=0, below=math.inf)
         for name in ("kl_coef", "entropy_coef", "penalty_coef"):
             check_range(self, name, at_least=0, below=math.inf)
         for name in ("gamma", "gae_lambda", "clip_low"):
             check_range(self, name, at_least=0, at_most=1)
-        for name in ("clip_high", "critic_warmup", "overlong_buffer"):
+        for name in ("clip_high", "critic_warmup"):
             check_range(self, name, at_least=0)
         check_range(self, "critic_learning_rate", above=0, below=math.inf)
         check_range(self, "importance_cap", at_least=1)
@@ -147,10 +142,6 @@ class PolicySettings(TrainSettings):
                 f"{self.num_mini_batches} parts can't be made of {self.batch_size} prompts",
                 where="--num-mini-batches",
                 way_out="raise --batch-size",
-            )
-        if self.reward_weights and len(self.reward_weights) != len(self.reward):
-            raise SettingsError(
-                f"{len(self.reward_weights)} weights for {len(self.reward)} rewards", where="--reward-weights"
             )
         if self.reference_every and self.lora_rank:
             raise SettingsError(
