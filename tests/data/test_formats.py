@@ -16,7 +16,6 @@ import pytest
 from trueup.data.data_format import Task
 from trueup.data.dialogues import hh_conversation
 from trueup.data.formats import FORMATS, detect_format, read_examples
-from trueup.data.prompts import PROMPTS
 from trueup.data.report import ReadReport
 from trueup.data.rows import Row
 from trueup.errors import DataError
@@ -191,7 +190,7 @@ def test_every_format_is_detected_and_read(
 
 def test_every_format_is_tried_above() -> None:
     tried = {name.partition(",")[0] for name in (*SFT_ROWS, *PREFERENCE_ROWS, *PROCESS_ROWS)}
-    assert tried == set(FORMATS) - set(PROMPTS), "those are in test_prompts.py"
+    assert tried == set(FORMATS) - {"prompt", "sampled"}, "those are in test_prompts.py and test_sampled.py"
 
 
 @pytest.mark.parametrize("name", PREFERENCE_ROWS)

@@ -50,9 +50,16 @@ COMMANDS = {
         "NormalizeSettings",
         "normalize",
     ),
+    "sample": Command("Sample completions from a model", "trueup.cli.sample", "SampleSettings", "sample"),
     "sft": Command("Supervised fine-tuning on demonstrations", "trueup.cli.train", "SFTSettings", "sft"),
     "reward": Command("Train a reward model on preferences", "trueup.cli.train", "RewardSettings", "reward"),
     "score": Command("Score completions with reward models", "trueup.cli.score", "ScoreSettings", "score"),
+    "pairs": Command(
+        "Make preference pairs or ranked lists of sampled completions and their scores",
+        "trueup.cli.pairs",
+        "PairsSettings",
+        "pairs",
+    ),
     "preference": Command(
         "Preference optimisation: DPO and its family", "trueup.cli.train", "PreferenceSettings", "preference"
     ),

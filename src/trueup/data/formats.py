@@ -18,11 +18,12 @@ from trueup.data.preferences import PREFERENCES
 from trueup.data.prompts import PROMPTS
 from trueup.data.report import ReadReport, read_all
 from trueup.data.rows import Row, Source, scan_rows, source_name
+from trueup.data.sampled import SAMPLED
 from trueup.data.stepwise import STEPWISE
 from trueup.errors import DataError
 from trueup.records import RankedCompletions
 
-FORMATS: dict[str, DataFormat] = STEPWISE | PREFERENCES | DEMONSTRATIONS | PROMPTS
+FORMATS: dict[str, DataFormat] = STEPWISE | SAMPLED | PREFERENCES | DEMONSTRATIONS | PROMPTS
 """By name, in the order of trial: the more a row must have, the earlier."""
 
 ROWS_TO_DETECT = 32
@@ -33,16 +34,18 @@ TASKS: dict[Task | None, tuple[Task, ...]] = {
     "preference": ("preference",),
     "process": ("process",),
     "prompt": ("prompt",),
+    "sampled": ("sampled",),
     None: ("process", "preference", "sft"),
 }
-"""Whose formats a task reads, in the order of trial; None: all that have completions. The best side of a preference is
-a demonstration."""
+"""Whose formats a task reads, in the order of trial; None: all that can be trained on as they stand. The best side of a
+preference is a demonstration."""
 
 USES: dict[Task, str] = {
     "sft": "train on them with trueup sft",
     "preference": "train on them with trueup reward or trueup preference",
     "process": "train on them with trueup reward --process",
     "prompt": "have them answered with trueup sample, look at them with trueup data check --task prompt",
+    "sampled": "make pairs of them with trueup pairs",
 }
 """What to do with a task's data."""
 

@@ -23,6 +23,7 @@ from trueup.data.data_format import DataFormat, Dropped, Note, ranked
 from trueup.data.demonstrations import LABEL_COLUMN, is_labelled, read_prompt_completion
 from trueup.data.dialogues import hh_conversation, is_hh, split_at_turns
 from trueup.data.rows import Fields
+from trueup.data.sampled import is_sampled
 from trueup.data.stepwise import is_stepwise
 from trueup.errors import DataError
 from trueup.records import Message, RankedCompletions
@@ -135,7 +136,7 @@ PREFERENCES: dict[str, DataFormat] = {
     "ranked": DataFormat(
         "preference",
         "prompt, completions (best first, or with scores or ranks)",
-        lambda fields: has(fields, PROMPT_COLUMNS, ["completions"]) and not is_stepwise(fields),
+        lambda fields: has(fields, PROMPT_COLUMNS, ["completions"]) and not (is_stepwise(fields) or is_sampled(fields)),
         _read_ranked,
     ),
     "hh": DataFormat(

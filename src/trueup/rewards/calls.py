@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 from trueup.errors import RewardError, TrueupError
-from trueup.rewards.samples import Samples
+from trueup.rewards.samples import Samples, StepScores
 
-Scores = Sequence[float | None]
+Scores = Sequence[float | None] | StepScores
 RewardFunction = Callable[..., Scores | Coroutine[Any, Any, Scores]]
 """Called with the keywords ``prompts``, ``completions``, ``completion_ids`` and the columns of the data, each a list
 with an entry for every sample; gives one score for each, None where it doesn't apply. May be ``async``."""
@@ -113,6 +113,11 @@ class Caller:
             return call()
         except Overtime as overtime:
             raise self._too_long(reward, samples, overtime) from None
+        except RewardError as error:
+            if error.sample is None:
+                raise
+            where = place_of(reward.name, samples, error.sample)
+            raise RewardError(error.what, where=where, way_out=error.way_out) from error
         except TrueupError:
             raise
         except Exception as error:
@@ -209,7 +214,7 @@ def in_thread(function: Callable[[], Any], timeout: float) -> Any:
 
 
 def checked(found: Any, name: str, samples: Samples) -> np.ndarray:
-    """Scores as float64 [N], NaN for None. Raises ``RewardError`` for another length and for what is no finite number."""
+    """Scores as float64 [N], NaN for None. Raises ``RewardError`` for another length, and what is no finite number."""
     if inspect.isawaitable(found):
         if inspect.iscoroutine(found):
             found.close()

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from trueup.data.settings import TextSettings
-from trueup.errors import RewardError, SettingsError
+from trueup.data.settings import TextSettings, TokenizeSettings
+from trueup.errors import ModelError, RewardError, SettingsError, TrueupError
 from trueup.rewards.built_in import BUILT_IN
 from trueup.rewards.calls import Reward, RewardFunction, raised_at
 
@@ -56,24 +56,31 @@ def load_reward(
 
 
 def _model(spec: str, tokenizer: Any, text: TextSettings | None, options: dict[str, Any]) -> Reward:
-    from trueup.errors import ModelError
-    from trueup.rewards.reward_model_function import load_model_function
+    from trueup.rewards.process_reward_model import ProcessRewardModel
+    from trueup.rewards.reward_model import RewardModel, scores_steps
+    from trueup.rewards.reward_model_function import ModelFunction, StepFunction
 
     try:
-        function = load_model_function(spec, tokenizer=tokenizer, text=text, **options)
+        options |= {"settings": None if text is None else TokenizeSettings.of(text)}
+        if scores_steps(spec):
+            function = StepFunction(ProcessRewardModel.load(spec, **options), tokenizer)
+        else:
+            function = ModelFunction(RewardModel.load(spec, **options))
     except ModelError as error:
         raise ModelError(
             error.what,
             where=error.where,
             way_out=f"{error.way_out}; other rewards are {', '.join(BUILT_IN)}, FILE.py:FUNCTION and https://…",
         ) from error
-    return Reward(Path(spec).name, function, timed=False)
+    return Reward(Path(spec).name, function, timed=False, scores_steps=isinstance(function, StepFunction))
 
 
 def _function(spec: str, name: str, load: Callable[[], ModuleType]) -> Reward:
     """A function of a module that is imported now. Raises ``RewardError``."""
     try:
         module = load()
+    except TrueupError:
+        raise
     except (Exception, SystemExit) as error:
         what = f"can't be imported: {type(error).__name__}: {error}{raised_at(error)}"
         raise RewardError(what, where=f"reward '{spec}'", way_out="mend the code or the name") from error
@@ -83,7 +90,7 @@ def _function(spec: str, name: str, load: Callable[[], ModuleType]) -> Reward:
         raise RewardError(
             f"has no function '{name}'", where=f"reward '{spec}'", way_out=f"it has {', '.join(there) or 'none'}"
         )
-    return Reward(name, function)
+    return Reward(name, function)  # pyright: ignore[reportArgumentType]
 
 
 def import_file(path: Path) -> ModuleType:
