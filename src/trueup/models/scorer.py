@@ -54,7 +54,6 @@ class HasPath(Protocol):
     path: str
 
 
-
 class Scorer(nn.Module):
     """Log-probs of completions under a causal language model. Made by ``prepare_scorer``.
 

@@ -201,7 +201,9 @@ class PromptLayout:
         starts = lengths.cumsum() - lengths
         positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
         group = self.cohort._put(np.repeat(np.arange(len(lengths)), lengths))
-        spans = [GroupSpan(start, 0, (length,)) for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)]
+        spans = [
+            GroupSpan(start, 0, (length,)) for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
+        ]
         self.tree = TreeLayout(group, torch.zeros_like(group), self.cohort._put(positions), tuple(spans))
 
     @property
@@ -308,9 +310,7 @@ def _attend(
     return (rows(from_prompt) + of_own @ values).flatten(1, 2)
 
 
-def _flash(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float
-) -> tuple[Tensor, Tensor]:
+def _flash(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
     """The CPU's kernel: [B, H, Q, D] against [B, H, K, D], and the log-sum-exp of the scores, [B, H, Q].
 
     In bfloat16 where the CPU multiplies it, else in float32 at least.

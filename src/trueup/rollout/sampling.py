@@ -95,9 +95,7 @@ def nucleus_bound(probabilities: Float[Tensor, "r v"], top_p: float) -> Float[Te
     return found
 
 
-def pick(
-    weights: Float[Tensor, "r v"], uniforms: Float[Tensor, " r"]
-) -> tuple[Int[Tensor, " r"], Float[Tensor, " r"]]:
+def pick(weights: Float[Tensor, "r v"], uniforms: Float[Tensor, " r"]) -> tuple[Int[Tensor, " r"], Float[Tensor, " r"]]:
     """The token at which the cumulative weight passes u times the total, and the total (float64).
 
         token = min { v : Σ_{w ≤ v} weight_w > u · Σ_w weight_w }

@@ -310,9 +310,7 @@ class Lines:
 
         self.free += range(len(self.tokens), len(self.tokens) + more)
         self.prompt, self.request, self.completion = map(longer, (self.prompt, self.request, self.completion))
-        self.count, self.limit, self.tokens, self.drawn = map(
-            longer, (self.count, self.limit, self.tokens, self.drawn)
-        )
+        self.count, self.limit, self.tokens, self.drawn = map(longer, (self.count, self.limit, self.tokens, self.drawn))
         self.logprobs = longer(self.logprobs, axis=1)
 
     def draw(self, lines: np.ndarray) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from trueup.errors import SettingsError
 from trueup.models.adapters import has_adapter
 from trueup.models.heads import load_reward_model
-from trueup.models.load import LoadedModel, disable_dropout
+from trueup.models.load import DTYPES, DtypeName, LoadedModel, disable_dropout
 from trueup.models.scorer import RewardScorer, Scorer, prepare_reward_scorer, prepare_scorer
 from trueup.models.tree import TreeBatch
 from trueup.rewards.rewards import Rewards
@@ -96,7 +96,12 @@ def load_players(
         fingerprints["critic"] = weights_fingerprint(critic)
     return Players(
         scorer=scorer,
-        engine=TorchEngine(sampled, tokenizer, max_batch_tokens=settings.max_batch_tokens),
+        engine=TorchEngine(
+            sampled,
+            tokenizer,
+            max_batch_tokens=settings.max_batch_tokens,
+            dtype=own_dtype(policy) if settings.rollout_dtype == "same" else settings.rollout_dtype,
+        ),
         samples_from_policy=algorithm.samples_from == "policy",
         rewards=load_rewards(settings, tokenizer, reward),
         reference=frozen_copy(scorer) if needs_reference else None,
@@ -104,6 +109,12 @@ def load_players(
         temperature=settings.temperature,
         fingerprints=fingerprints,
     )
+
+
+def own_dtype(model: Any) -> DtypeName:
+    """The name of a model's precision."""
+    names: dict[torch.dtype, DtypeName] = {dtype: name for name, dtype in DTYPES.items()}  # pyright: ignore
+    return names.get(model.dtype, "auto")
 
 
 def frozen_copy(scorer: Scorer) -> Scorer:

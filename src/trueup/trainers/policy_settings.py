@@ -54,8 +54,11 @@ class PolicySettings(RewardChoice, TrainSettings):
     """Sample only tokens with this fraction of the most likely one's probability. In training as --top-k."""
     stop_strings: tuple[str, ...] = ()
     """Text that ends a completion, beside the end token."""
-    max_batch_tokens: int = 65536
-    """Most tokens that the sampler keeps keys and values of. Lower it when memory runs out."""
+    max_batch_tokens: int | None = None
+    """Most tokens that the sampler keeps keys and values of; by default as many as 2 GiB hold (8 GiB on a GPU)."""
+    rollout_dtype: Literal["same", "float32", "bfloat16"] = "same"
+    """Precision of sampling. Another one than the model's takes a copy, refreshed after every rollout; see
+    --importance."""
 
     gamma: float = 1.0
     """Discount of a token's reward per token before it. Below 1 it discounts a KL in the reward too."""
