@@ -56,7 +56,7 @@ class CodeTests:
     def _score(self, index: int, completion: Any, cell: Any) -> float | None:
         if cell is None:
             return None
-        passed = passes(code_of(text_of(completion)), tests_of(cell, index), self._limits)
+        passed = passes(code_of(text_of(completion)), read_tests(cell, index), self._limits)
         return sum(passed) / len(passed) if self.partial else float(all(passed))
 
     @property
@@ -72,7 +72,7 @@ def code_of(text: str) -> str:
     return blocks[-1] if blocks else text
 
 
-def tests_of(cell: Any, index: int) -> list[Any]:
+def read_tests(cell: Any, index: int) -> list[Any]:
     """The tests in a cell. Raises ``RewardError`` for what is none."""
     if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
         try:

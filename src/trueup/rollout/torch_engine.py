@@ -24,12 +24,13 @@ from trueup.rollout.sampling import Sampled, sample
 from trueup.rollout.settings import SamplingParams
 from trueup.rollout.uniforms import uniforms
 from trueup.rollout.weights import copy_weights, sampling_copy
+from trueup.rollout.packing import pack_linears
 
 CACHE_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}
 """Memory for keys and values, if ``max_batch_tokens`` is not given."""
 
-LOGITS = 4 << 20
-"""Logits that are made and sampled at a time."""
+LOGITS = 16 << 20
+"""Logits that are held at a time."""
 
 DRAWN_AHEAD = 64
 """Positions whose random numbers are drawn at a time."""
@@ -66,9 +67,9 @@ class TorchEngine:
         device = plain_model(model).device
         self.model = sampling_copy(model, resolve_dtype(dtype, device))
         self.decoder = _prepare_decoder(self.model)
+        pack_linears(self.model)
         self.max_batch_tokens = max_batch_tokens
         self.device = device
-        self._room: Tensor | None = None
 
     def update_weights(self, model: nn.Module) -> None:
         """Take over the weights of a model of the same shape, in place; adapters are merged into what they adapt.
@@ -77,6 +78,7 @@ class TorchEngine:
         """
         with torch.no_grad():
             copy_weights(self.model, model)
+            pack_linears(self.model)
 
     @torch.inference_mode()
     def generate(
@@ -225,22 +227,17 @@ class TorchEngine:
     def _sample(self, states: Tensor, uniforms: Tensor, sampling: SamplingParams, seen: Tensor | None) -> Sampled:
         """The next token of every row, a bounded number of logits at a time."""
         size = max(1, LOGITS // embedding_rows(self.model))
-        parts = []
-        for start in range(0, len(states), size):
-            part = slice(start, start + size)
-            logits = self.decoder.logits(states[part])
-            if self._room is None or self._room.shape[0] < len(logits) or self._room.dtype != logits.dtype:
-                self._room = torch.empty_like(logits)
-            parts.append(
-                sample(
-                    logits,
-                    uniforms[part].to(logits.device),
-                    sampling,
-                    seen=None if seen is None else seen[part],
-                    out=self._room[: len(logits)],
-                )
+        parts = [
+            sample(
+                self.decoder.products(states[start : start + size]),
+                uniforms[start : start + size].to(states.device),
+                sampling,
+                seen=None if seen is None else seen[start : start + size],
+                logits_of=self.decoder.logits,
             )
-        return parts[0] if len(parts) == 1 else Sampled(*(torch.cat(each) for each in zip(*parts, strict=True)))
+            for start in range(0, len(states), size)
+        ]
+        return Sampled(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
 def _prepare_decoder(model: Any) -> Decoder:
