@@ -98,6 +98,30 @@ class RewardScores:
     steps: list[np.ndarray] | None = None
     step_ends: list[np.ndarray] | None = None
 
+    def of_groups(self, size: int) -> list[RewardScores]:
+        """The same, cut into groups of ``size`` samples each."""
+        return [self._cut(slice(start, start + size)) for start in range(0, len(self.total), size)]
+
+    def _cut(self, part: slice) -> RewardScores:
+        return RewardScores(
+            total=self.total[part],
+            each={name: scores[part] for name, scores in self.each.items()},
+            steps=None if self.steps is None else self.steps[part],
+            step_ends=None if self.step_ends is None else self.step_ends[part],
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[RewardScores]) -> RewardScores:
+        """What the same rewards say of several batches of samples, one behind the other."""
+        steps = [each for part in parts for each in part.steps or ()]
+        step_ends = [each for part in parts for each in part.step_ends or ()]
+        return cls(
+            total=np.concatenate([part.total for part in parts]),
+            each={name: np.concatenate([part.each[name] for part in parts]) for name in parts[0].each},
+            steps=steps if parts[0].steps is not None else None,
+            step_ends=step_ends if parts[0].step_ends is not None else None,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepScores:
