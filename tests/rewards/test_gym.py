@@ -10,17 +10,12 @@ from trueup.data.reasoning_gym import parse_task, reasoning_gym_rows
 from trueup.data.rows import read_rows
 from trueup.errors import DataError, RewardError
 from trueup.rewards.rewards import Rewards
-from trueup.rewards.sandbox.run import check_confinement
 
 pytest.importorskip("reasoning_gym")
 
 
 @pytest.fixture(scope="module")
-def rewards() -> Rewards:
-    try:
-        check_confinement()
-    except RewardError as error:
-        pytest.skip(str(error))
+def rewards(confinement) -> Rewards:
     return Rewards.load(["reasoning-gym:seconds=20"])
 
 
