@@ -123,8 +123,8 @@ def round_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Round the model's float32 parameters to ``dtype``, in place, and keep what that loses for ``MasterWeights``.
 
     Weights that start on bfloat16's grid leave it all at once and by the same step: the first updates of Adam are ± the
-    learning rate, whatever the gradient, and rounding them makes them all larger, or nothing, by the size of the weight.
-    Off the grid such errors cancel. Buffers (the frequencies of rotary embeddings) stay as they are.
+    learning rate, whatever the gradient, and rounding makes them all larger, or nothing, by the size of the weight. Off
+    the grid such errors cancel. Buffers (the frequencies of rotary embeddings) stay as they are.
     """
     for parameter in model.parameters():
         if parameter.dtype == torch.float32 != dtype:

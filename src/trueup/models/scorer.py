@@ -55,7 +55,8 @@ class Scorer(nn.Module):
 
     ``model``: the transformers model, or a peft model around one. ``path``: "tree" or "padded". ``own_head``: on padded
     rows, take the logits from the model's own forward pass, [tokens, vocabulary] and all. ``neftune_alpha``: in
-    training mode, the scale of noise on the input embeddings (``embedding_noise``).
+    training mode, the scale of noise on the input embeddings (``embedding_noise``). ``float32_residual``, a field, is
+    set by ``prepare_scorer`` for half-precision models.
     """
 
     def __init__(
@@ -75,12 +76,12 @@ class Scorer(nn.Module):
         ``TokenStatistics``. Raises ``ValueError`` for an unknown name, and unless the temperature is > 0.
         """
         model = plain_model(self.model)
-        with noisy_embeddings(model, batch, self.path, self.neftune_alpha if self.training else 0.0):
-            with _residual(self):
-                if self.own_head:
-                    logits = _own_logits(self.model, batch)
-                    return token_statistics(logits, batch.targets, temperature=temperature, want=want)
-                hidden = _hidden_states(model, batch, self.path, "scored")
+        noise = self.neftune_alpha if self.training else 0.0
+        with noisy_embeddings(model, batch, self.path, noise), _residual(self):
+            if self.own_head:
+                logits = _own_logits(self.model, batch)
+                return token_statistics(logits, batch.targets, temperature=temperature, want=want)
+            hidden = _hidden_states(model, batch, self.path, "scored")
         scale, softcap = _head_transform(model)
         head = _in_use(model.get_output_embeddings())
         score = _linear_scores if isinstance(head, nn.Linear) else _module_scores
