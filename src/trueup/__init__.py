@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trueup.recipes import dpo, preference, reward, sft
+    from trueup.recipes import dpo, preference, reward, rl, sft
 
 __version__ = "0.1.0.dev0"
-__all__ = ["__version__", "dpo", "preference", "reward", "sft"]
+__all__ = ["__version__", "dpo", "preference", "reward", "rl", "sft"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 
@@ -41,6 +42,19 @@ class NonFiniteError(TrueupError):
     """Too many losses or gradients that are not finite numbers."""
 
 
+class RewardError(TrueupError):
+    """A reward that raises, hangs, or gives what is no score; the message names it and the sample.
+
+    ``sample``: the index of the sample, from where its place is not known; whoever knows the samples fills it in.
+    """
+
+    def __init__(
+        self, what: str, *, where: str | None = None, way_out: str | None = None, sample: int | None = None
+    ) -> None:
+        self.sample = sample
+        super().__init__(what, where=where, way_out=way_out)
+
+
 class OutOfMemoryError(TrueupError):
     """An allocation failed; the message says what to lower, and to what."""
 
@@ -59,7 +73,17 @@ def require_extra(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != module.split(".")[0]:
             raise
-        raise MissingExtraError(
-            f"this needs the package '{module.split('.')[0]}', which is not installed",
-            way_out=f"pip install 'trueup[{extra}]'",
-        ) from error
+        raise missing_extra(module, extra) from error
+
+
+def check_extra(module: str, extra: str) -> None:
+    """As ``require_extra``, but without importing what is there: for packages that another process needs."""
+    if importlib.util.find_spec(module) is None:
+        raise missing_extra(module, extra)
+
+
+def missing_extra(module: str, extra: str) -> MissingExtraError:
+    return MissingExtraError(
+        f"this needs the package '{module.split('.')[0]}', which is not installed",
+        way_out=f"pip install 'trueup[{extra}]'",
+    )

@@ -23,8 +23,9 @@ class LookSettings:
     """Files (JSONL, JSON, CSV, Parquet; .gz and .zst too), globs, or hf:NAME."""
     tokenizer: Annotated[str | None, tyro.conf.arg(aliases=["--model"])] = None
     """Model or folder whose tokenizer and chat template to use: lengths in tokens, examples token for token."""
-    task: Literal["auto", "sft", "preference", "process"] = "auto"
-    """Read the rows as demonstrations, as preferences or as labelled steps; auto takes what they look like."""
+    task: Literal["auto", "sft", "preference", "process", "prompt"] = "auto"
+    """Read the rows as demonstrations, as preferences, as labelled steps, or their prompts alone; auto takes what they
+    look like."""
     data_format: str = "auto"
     """Row format; auto looks at the first rows."""
     num_examples: int = 3

@@ -28,7 +28,9 @@ class Command:
     run: str
     """The function that takes the settings."""
     defaults: str | None = None
-    """The function that makes the preset, for a command that is one."""
+    """The function that makes the preset from the flags, for a command that has one."""
+    notes: str | None = None
+    """The function that says more under --help."""
 
 
 COMMANDS = {
@@ -48,9 +50,16 @@ COMMANDS = {
         "NormalizeSettings",
         "normalize",
     ),
+    "sample": Command("Sample completions from a model", "trueup.cli.sample", "SampleSettings", "sample"),
     "sft": Command("Supervised fine-tuning on demonstrations", "trueup.cli.train", "SFTSettings", "sft"),
     "reward": Command("Train a reward model on preferences", "trueup.cli.train", "RewardSettings", "reward"),
     "score": Command("Score completions with reward models", "trueup.cli.score", "ScoreSettings", "score"),
+    "pairs": Command(
+        "Make preference pairs or ranked lists of sampled completions and their scores",
+        "trueup.cli.pairs",
+        "PairsSettings",
+        "pairs",
+    ),
     "preference": Command(
         "Preference optimisation: DPO and its family", "trueup.cli.train", "PreferenceSettings", "preference"
     ),
@@ -61,6 +70,25 @@ COMMANDS = {
         "preference",
         defaults="dpo_defaults",
     ),
+    "rl": Command(
+        "Online reinforcement learning against rewards, by a recipe",
+        "trueup.cli.train",
+        "PolicySettings",
+        "rl",
+        defaults="rl_defaults",
+        notes="rl_notes",
+    ),
+    **{
+        name: Command(
+            f"rl --recipe {name}",
+            "trueup.cli.train",
+            "PolicySettings",
+            "rl",
+            defaults=f"{name}_defaults",
+            notes="rl_notes",
+        )
+        for name in ("reinforce", "rloo", "ppo", "grpo")
+    },
     "cache": Command("List what is kept between runs, or remove it", "trueup.cli.cache", "CacheSettings", "cache"),
 }
 
@@ -125,8 +153,9 @@ def _run(name: str, argv: list[str]) -> None:
     module = import_module(command.module)
     from trueup.runs.settings import parse
 
-    default = getattr(module, command.defaults)() if command.defaults else None
-    settings = parse(getattr(module, command.settings), argv, f"trueup {name}", f"{command.summary}.", default)
+    default = getattr(module, command.defaults)(argv) if command.defaults else None
+    summary = f"{command.summary}.{getattr(module, command.notes)() if command.notes else ''}"
+    settings = parse(getattr(module, command.settings), argv, f"trueup {name}", summary, default)
     from trueup.cli.memory import keep_freed_memory
 
     keep_freed_memory()

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +22,7 @@ from trueup.data.data_format import Task
 from trueup.data.encoder import Bounds, StepsNotFound
 from trueup.data.formats import read_examples
 from trueup.data.plain_text import PlainText, plain_text_of
+from trueup.data.prompts import PromptRow, read_prompts
 from trueup.data.report import ReadReport
 from trueup.data.rows import Source, source_name
 from trueup.data.settings import TokenizeSettings
@@ -40,16 +41,96 @@ def render_prompt(
 
     Raises ``ModelError`` for a tokenizer without (usable) template, ``DataError`` for a conversation it refuses.
     """
-    settings = settings or TokenizeSettings()
-    if isinstance(prompt, str) and settings.wrap_text:
+    try:
+        return _prompt_tokens(tokenizer, prompt, settings or TokenizeSettings())
+    except TemplateRefusal as refusal:
+        raise DataError(f"the chat template refuses this conversation: {refusal}", way_out=WITHOUT_TEMPLATE) from None
+
+
+def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Text, settings: TokenizeSettings) -> list[int]:
+    if isinstance(prompt, str) and settings.wrap_text and prompt:
         prompt = as_turns(prompt, "user")
     if isinstance(prompt, str):
         return plain_text_of(tokenizer, settings).prompt(prompt)
     chat = chat_of(tokenizer, settings)
+    return chat.encoder.encode(chat.prompt_text(prompt), continues=False)
+
+
+def tokenize_prompt(
+    tokenizer: PreTrainedTokenizerBase, row: PromptRow, settings: TokenizeSettings, report: ReadReport
+) -> np.ndarray | None:
+    """int64 [P]: the tokens of a prompt, the same that ``tokenize_group`` gives it; None for one that can't be used
+    (empty, longer than the settings allow, refused by the chat template), which is counted in ``report``.
+
+    Raises ``ModelError`` for a tokenizer without (usable) template.
+    """
     try:
-        return chat.encoder.encode(chat.prompt_text(prompt), continues=False)
+        tokens = _prompt_tokens(tokenizer, row.prompt, settings)
     except TemplateRefusal as refusal:
-        raise DataError(f"the chat template refuses this conversation: {refusal}", way_out=WITHOUT_TEMPLATE) from None
+        report.drop(_refused(refusal), row.where)
+        return None
+    except ModelError as error:
+        raise ModelError(error.what, where=error.where or row.where, way_out=error.way_out) from error
+    kept = _fitted_prompt(tokens, row.where, settings, report)
+    if kept is not None:
+        report.num_prompts_cut += len(kept) < len(tokens)
+    return None if kept is None else np.array(kept, dtype=np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Prompts to be answered: of each its row and its tokens, int64 [P]; and what became of the rows."""
+
+    rows: tuple[PromptRow, ...]
+    tokens: tuple[np.ndarray, ...]
+    report: ReadReport
+
+
+def load_prompts(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    settings: TokenizeSettings,
+    limit: int | None = None,
+    split: str | None = None,
+) -> Prompts:
+    """All prompts of a source, or of its first ``limit`` rows, in its order.
+
+    Raises ``DataError`` where a row has no prompt or none is left, ``ModelError`` where the tokenizer does not do.
+    """
+    report = ReadReport()
+    rows = itertools.islice(read_prompts(source, report=report, split=split), limit)
+    read = [(row, tokenize_prompt(tokenizer, row, settings, report)) for row in rows]
+    kept = [(row, tokens) for row, tokens in read if tokens is not None]
+    if not kept:
+        raise DataError(
+            f"no prompt is left: {report.summary()}",
+            where=source_name(source),
+            way_out="look at the rows with `trueup data check --task prompt`, and at max_length",
+        )
+    return Prompts(rows=tuple(row for row, _ in kept), tokens=tuple(tokens for _, tokens in kept), report=report)
+
+
+def completion_text(
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Sequence[int] | np.ndarray,
+    prompt: Text,
+    settings: TokenizeSettings | None = None,
+) -> Text:
+    """What a model said behind ``prompt``: a string where the prompt is one, otherwise one turn of the assistant.
+
+    Without the end token, other special tokens and what the chat template puts around an answer, so that tokenising it
+    again as a completion gives the tokens back wherever the tokenizer would have written the text in these tokens.
+    """
+    settings = settings or TokenizeSettings()
+    written = [int(token) for token in tokens]
+    if written and written[-1] in stop_token_ids(tokenizer, settings):
+        written = written[:-1]
+    if isinstance(prompt, str) and not settings.wrap_text:
+        return plain_text_of(tokenizer, settings).encoder.decode(written)
+    chat = chat_of(tokenizer, settings)
+    answer = chat.answer(chat.encoder.decode(written))
+    return answer if isinstance(prompt, str) else as_turns(answer, "assistant")
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings | None = None) -> list[int]:
@@ -84,16 +165,13 @@ def tokenize_group(
             form = chat_of(tokenizer, settings)
             prompt, completions = _chat_tokens(form, example, settings)
     except TemplateRefusal as refusal:
-        report.drop(f"the chat template refuses the conversation ({refusal})", example.where)
+        report.drop(_refused(refusal), example.where)
         return None
     except StepsNotFound as reason:
         report.drop(str(reason), example.where)
         return None
     except ModelError as error:
         raise ModelError(error.what, where=error.where or example.where, way_out=error.way_out) from error
-    if not prompt:
-        report.drop("empty prompt", example.where)
-        return None
     group = _fitted(prompt, completions, example, settings, report)
     if group is not None and form.encoder.finds((example.prompt, example.completions)):
         report.note("text of special tokens in the data, read as plain text", example.where)
@@ -176,10 +254,9 @@ def _fitted(
     report: ReadReport,
 ) -> CompletionGroup | None:
     """The group within the length limits, or None; every cut is counted."""
-    if len(prompt) > settings.prompt_limit and settings.overlong_prompt == "drop":
-        report.drop(f"prompt longer than {settings.prompt_limit} tokens", example.where)
+    kept = _fitted_prompt(prompt, example.where, settings, report)
+    if kept is None:
         return None
-    kept = prompt[-settings.prompt_limit :]
     room = settings.max_length - len(kept)
     num_cut = sum(len(completion.tokens) > room for completion in completions)
     if num_cut and settings.overlong_completion == "drop":
@@ -207,6 +284,21 @@ def _fitted(
         margin=example.margin,
         desirable=example.desirable,
     )
+
+
+def _fitted_prompt(prompt: list[int], where: str, settings: TokenizeSettings, report: ReadReport) -> list[int] | None:
+    """The prompt within the length limit, or None, which is counted."""
+    if not prompt:
+        report.drop("empty prompt", where)
+        return None
+    if len(prompt) > settings.prompt_limit and settings.overlong_prompt == "drop":
+        report.drop(f"prompt longer than {settings.prompt_limit} tokens", where)
+        return None
+    return prompt[-settings.prompt_limit :]
+
+
+def _refused(refusal: TemplateRefusal) -> str:
+    return f"the chat template refuses the conversation ({refusal})"
 
 
 def _num_steps(completion: Completion) -> int:

@@ -64,6 +64,7 @@ class Chat:
         special = special_texts(tokenizer)
         marks = special | bracketed_texts(tokenizer)
         self.end_text = self._find_end(told, marks)
+        self._around = self._texts_around(asked, told)
         around = {text for text in marks if text in user_turn}
         self.encoder = Encoder(
             tokenizer,
@@ -84,6 +85,16 @@ class Chat:
                 way_out=WITHOUT_TEMPLATE,
             )
         return first
+
+    def _texts_around(self, asked: str, told: str) -> tuple[str, str]:
+        """What the template puts before an answer, behind the generation prompt, and between it and its end token."""
+        before, _, behind = told.rpartition(_ANSWER)
+        return before.removeprefix(asked), behind.partition(self.end_text)[0]
+
+    def answer(self, text: str) -> str:
+        """What the assistant said in a completion's ``text``, which has no end token: without the template's own."""
+        before, behind = self._around
+        return text.removeprefix(before).removesuffix(behind)
 
     @staticmethod
     def _check_opening(asked: str, user_turn: str, told: str, marks: set[str]) -> None:

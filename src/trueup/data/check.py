@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from trueup.data.chat import tokenize_group
+from trueup.data.chat import tokenize_group, tokenize_prompt
 from trueup.data.collate import train_all_tokens
 from trueup.data.data_format import Task
 from trueup.data.formats import FORMATS, read_examples
+from trueup.data.prompts import PromptRow
 from trueup.data.report import ReadReport
 from trueup.data.rows import Source
 from trueup.data.settings import TokenizeSettings
@@ -99,7 +100,7 @@ def check_data(
     for example in read_examples(source, task=task, data_format=data_format, report=report, strict=False):
         group = None
         if tokenizer is not None:
-            group = tokenize_group(tokenizer, example, settings, report)
+            group = _tokenized(tokenizer, example, settings, report)
             if group is None:
                 continue
         if group is None:
@@ -126,6 +127,16 @@ def check_data(
         step_labels=np.concatenate([np.empty(0, dtype=np.float32), *step_labels]),
         examples=tuple(shown),
     )
+
+
+def _tokenized(
+    tokenizer: PreTrainedTokenizerBase, example: RankedCompletions, settings: TokenizeSettings, report: ReadReport
+) -> CompletionGroup | None:
+    if example.completions:
+        return tokenize_group(tokenizer, example, settings, report)
+    row = PromptRow(prompt=example.prompt, columns={}, where=example.where)
+    prompt = tokenize_prompt(tokenizer, row, settings, report)
+    return None if prompt is None else CompletionGroup(prompt=prompt, completions=(), where=example.where)
 
 
 def _num_words(text: Text) -> int:
@@ -273,7 +284,7 @@ def _blocks(check: DataCheck, name: str) -> Iterator[RenderableType]:
         yield Line()
         yield Line(f"── example {number}: {visible(example.where)} ", style="bold")
         yield from _example_lines(example)
-    if check.examples:
+    if any(example.completions for example in check.examples):
         yield Line()
         what = "where a step is scored" if len(check.step_labels) and check.unit == "tokens" else "trained"
         yield Line(f"{OPEN}…{CLOSE} is {what}" + ("" if check.unit == "tokens" else "; with --tokenizer: every token"))
@@ -290,7 +301,7 @@ def _sizes(check: DataCheck) -> str:
     if check.desirable:
         return f" ({100 * np.mean(check.desirable):.0f} % desirable)"
     sizes = sorted({len(lengths) for lengths in check.completion_lengths})
-    if not sizes or sizes == [1]:
+    if sizes in ([], [0], [1]):
         return ""
     return " (pairs)" if sizes == [2] else f" ({sizes[0]} to {sizes[-1]} ranked completions each)"
 
@@ -311,6 +322,8 @@ def _length_table(check: DataCheck) -> RenderableType:
 def _measured(check: DataCheck) -> Iterator[tuple[str, Sequence[int]]]:
     lengths = check.completion_lengths
     yield "prompt", check.prompt_lengths.tolist()
+    if not any(map(len, lengths)):
+        return  # prompts alone
     if {len(each) for each in lengths} == {2}:
         yield "chosen", [int(each[0]) for each in lengths]
         yield "rejected", [int(each[1]) for each in lengths]

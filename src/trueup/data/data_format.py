@@ -10,7 +10,7 @@ from trueup.data.cells import as_turns
 from trueup.data.rows import Fields
 from trueup.records import Message, RankedCompletions, Text
 
-Task = Literal["sft", "preference", "process"]
+Task = Literal["sft", "preference", "process", "prompt", "sampled"]
 Note = Callable[[str], None]
 
 
@@ -29,7 +29,8 @@ class DataFormat:
     read: Callable[[Fields, Note], RankedCompletions]
 
 
-def _is_empty(completion: Text) -> bool:
+def is_empty(completion: Text) -> bool:
+    """Whether a completion says nothing: no text, or no last answer."""
     if isinstance(completion, str):
         return not completion.strip()
     answers = [turn for turn in completion if turn["role"] == "assistant"]
@@ -53,7 +54,7 @@ def ranked(
     if any(not isinstance(text, str) for text in (prompt, *completions)):
         prompt = as_turns(prompt, "user")
         completions = [_without_tail(as_turns(completion, "assistant"), note) for completion in completions]
-    filled = [completion for completion in completions if not _is_empty(completion)]
+    filled = [completion for completion in completions if not is_empty(completion)]
     distinct = [completion for index, completion in enumerate(filled) if completion not in filled[:index]]
     if len(filled) < at_least:
         raise Dropped("empty completion")

@@ -38,12 +38,18 @@ def _matches_conversation(fields: Fields, key: str) -> bool:
     return key in list_of(fields[column], column)[0]
 
 
-def _read_messages(fields: Fields, note: Note) -> RankedCompletions:
-    """Everything from the first assistant turn that answers somebody on is completion."""
+def turns_in(fields: Fields) -> tuple[Message, ...]:
+    """The turns of a whole conversation, behind the system prompt where one stands in a column of its own."""
     column = first_of(fields, CONVERSATION_COLUMNS)
     turns = conversation(need(fields, *CONVERSATION_COLUMNS), column or "messages")
     if fields.get("system") and (not turns or turns[0]["role"] != "system"):
         turns = ({"role": "system", "content": string(fields["system"], "system")}, *turns)
+    return turns
+
+
+def _read_messages(fields: Fields, note: Note) -> RankedCompletions:
+    """Everything from the first assistant turn that answers somebody on is completion."""
+    turns = turns_in(fields)
     asked = next((index for index, turn in enumerate(turns) if turn["role"] not in {"system", "assistant"}), len(turns))
     start = next((index for index in range(asked, len(turns)) if turns[index]["role"] == "assistant"), len(turns))
     if start == len(turns):
@@ -63,13 +69,18 @@ def _read_text(fields: Fields, note: Note) -> RankedCompletions:
     return ranked("", [string_in(fields, "text")], note, at_least=1)
 
 
-def _read_alpaca(fields: Fields, note: Note) -> RankedCompletions:
+def instruction_in(fields: Fields) -> tuple[Message, ...]:
+    """An instruction and what it is about, as a user's turn."""
     instruction = string_in(fields, "instruction")
     context = string(fields.get("input") or "", "input")
     system = fields.get("system")
     turns: list[Message] = [{"role": "system", "content": string(system, "system")}] if system else []
     turns.append({"role": "user", "content": f"{instruction}\n\n{context}" if context.strip() else instruction})
-    return ranked(tuple(turns), [string_in(fields, "output")], note, at_least=1)
+    return tuple(turns)
+
+
+def _read_alpaca(fields: Fields, note: Note) -> RankedCompletions:
+    return ranked(instruction_in(fields), [string_in(fields, "output")], note, at_least=1)
 
 
 DEMONSTRATIONS: dict[str, DataFormat] = {

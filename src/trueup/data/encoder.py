@@ -101,6 +101,15 @@ class Encoder:
             tokens += found
         return tokens, bounds
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens that continue another text, special ones left out: undoes ``encode(continues=True)``."""
+        before = self._break if self._needs_break else []
+        text = self._text([*before, *tokens])
+        return text[len(self._text(before)) :] if before else text
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
     def _located(self, text: str, *, continues: bool, with_spans: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Tokens of unmarked text, and if asked for which of its characters each was made of."""
         if not text:

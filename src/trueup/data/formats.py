@@ -6,21 +6,24 @@ the ``ReadReport``.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from trueup.data.cells import columns
-from trueup.data.data_format import DataFormat, Dropped, Task
+from trueup.data.data_format import DataFormat, Dropped, Note, Task
 from trueup.data.demonstrations import DEMONSTRATIONS
 from trueup.data.preferences import PREFERENCES
-from trueup.data.report import ReadReport
+from trueup.data.prompts import PROMPTS
+from trueup.data.report import ReadReport, read_all
 from trueup.data.rows import Row, Source, scan_rows, source_name
+from trueup.data.sampled import SAMPLED
 from trueup.data.stepwise import STEPWISE
 from trueup.errors import DataError
 from trueup.records import RankedCompletions
 
-FORMATS: dict[str, DataFormat] = STEPWISE | PREFERENCES | DEMONSTRATIONS
+FORMATS: dict[str, DataFormat] = STEPWISE | SAMPLED | PREFERENCES | DEMONSTRATIONS | PROMPTS
 """By name, in the order of trial: the more a row must have, the earlier."""
 
 ROWS_TO_DETECT = 32
@@ -30,20 +33,25 @@ TASKS: dict[Task | None, tuple[Task, ...]] = {
     "sft": ("sft", "preference"),
     "preference": ("preference",),
     "process": ("process",),
+    "prompt": ("prompt",),
+    "sampled": ("sampled",),
     None: ("process", "preference", "sft"),
 }
-"""Whose formats a task reads, in the order of trial. The best side of a preference is a demonstration."""
+"""Whose formats a task reads, in the order of trial; None: all that can be trained on as they stand. The best side of a
+preference is a demonstration."""
 
-COMMANDS: dict[Task, str] = {
-    "sft": "trueup sft",
-    "preference": "trueup reward or trueup preference",
-    "process": "trueup reward --process",
+USES: dict[Task, str] = {
+    "sft": "train on them with trueup sft",
+    "preference": "train on them with trueup reward or trueup preference",
+    "process": "train on them with trueup reward --process",
+    "prompt": "have them answered with trueup sample, look at them with trueup data check --task prompt",
+    "sampled": "make pairs of them with trueup pairs",
 }
-"""What trains on a task's data."""
+"""What to do with a task's data."""
 
 
 def format_names(task: Task | None) -> list[str]:
-    """The formats that a task reads, in the order of trial; None reads all."""
+    """The formats that a task reads, in the order of trial."""
     return [name for kind in TASKS[task] for name, each in FORMATS.items() if each.task == kind]
 
 
@@ -65,9 +73,9 @@ def detect_format(first_rows: Sequence[Row], task: Task | None) -> str:
         other = next((name for name in FORMATS if FORMATS[name].matches(row.fields)), None)
         if other:
             raise DataError(
-                f"these are rows of the format '{other}', not {task} data",
+                f"these are rows of the format '{other}', not {task or 'training'} data",
                 where=row.where,
-                way_out=f"train on them with {COMMANDS[FORMATS[other].task]}, or name the format with data_format",
+                way_out=f"{USES[FORMATS[other].task]}, or name the format with data_format",
             )
         raise DataError(
             f"no known format has these columns and types: {columns(row.fields)}",
@@ -100,6 +108,8 @@ def read_examples(
     ``DataError`` with its place; with ``strict=False`` it is collected in the report and reading goes on.
     """
     rows = scan_rows(source, split=split)
+    if data_format == "auto" and task == "prompt":
+        data_format = "prompt"  # there is one way to find a prompt, and it goes row by row
     if data_format == "auto":
         first = list(itertools.islice(rows, ROWS_TO_DETECT))
         rows = itertools.chain(first, rows)
@@ -119,36 +129,15 @@ def read_examples(
     report.format = data_format
     if task == "sft" and FORMATS[data_format].task == "preference":
         report.side = "desirable" if data_format == "unpaired" else "chosen"
-    for row in rows:
-        report.num_rows += 1
-        example = row if isinstance(row, DataError) else _read(row, FORMATS[data_format], task, report)
-        if isinstance(example, RankedCompletions):
-            yield example
-        elif isinstance(example, DataError):
-            if strict:
-                raise example
-            report.malformed.append(example)
+    wanted = f"the format '{data_format}' wants {FORMATS[data_format].columns}"
+    read = functools.partial(_read, FORMATS[data_format], task)
+    yield from read_all(rows, read, report, wanted=wanted, strict=strict)
 
 
-def _read(
-    row: Row, data_format: DataFormat, task: Task | None, report: ReadReport
-) -> RankedCompletions | DataError | None:
-    seen: list[str] = []
-    try:
-        example = replace(data_format.read(row.fields, seen.append), where=row.where)
-    except Dropped as reason:
-        report.drop(str(reason), row.where)
-        return None
-    except RecursionError:
-        return DataError("nested too deeply", where=row.where, way_out="flatten or remove the row")
-    except DataError as error:
-        way_out = error.way_out or f"the format '{report.format}' wants {data_format.columns}"
-        return DataError(error.what, where=row.where, way_out=way_out)
-    if task == "sft" and example.desirable == (False,):
-        report.drop("undesirable completion", row.where)
-        return None
-    for what in dict.fromkeys(seen):
-        report.note(what, row.where)
-    if task == "sft":
-        return replace(example, completions=example.completions[:1], margin=None, desirable=None)
-    return example
+def _read(data_format: DataFormat, task: Task | None, row: Row, note: Note) -> RankedCompletions:
+    example = replace(data_format.read(row.fields, note), where=row.where)
+    if task != "sft":
+        return example
+    if example.desirable == (False,):
+        raise Dropped("undesirable completion")
+    return replace(example, completions=example.completions[:1], margin=None, desirable=None)

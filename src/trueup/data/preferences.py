@@ -23,6 +23,7 @@ from trueup.data.data_format import DataFormat, Dropped, Note, ranked
 from trueup.data.demonstrations import LABEL_COLUMN, is_labelled, read_prompt_completion
 from trueup.data.dialogues import hh_conversation, is_hh, split_at_turns
 from trueup.data.rows import Fields
+from trueup.data.sampled import is_sampled
 from trueup.data.stepwise import is_stepwise
 from trueup.errors import DataError
 from trueup.records import Message, RankedCompletions
@@ -32,7 +33,11 @@ def _is_pair(fields: Fields) -> bool:
     return has(fields, ["chosen"], ["rejected"])
 
 
-def _is_whole(value: Any) -> bool:
+def is_hh_prompt(fields: Fields) -> bool:
+    return _is_pair(fields) and is_hh(fields.get("prompt")) and isinstance(fields["chosen"], str)
+
+
+def is_whole(value: Any) -> bool:
     """Whether a conversation begins with somebody asking: then it holds the prompt."""
     if not is_conversation(value):
         return False
@@ -67,10 +72,14 @@ def _read_explicit(fields: Fields, note: Note) -> RankedCompletions:
     return ranked(prompt, sides, note, at_least=2, margin=_margin(fields))
 
 
-def _read_hh_prompt(fields: Fields, note: Note) -> RankedCompletions:
+def hh_prompt_in(fields: Fields, note: Note) -> tuple[Message, ...]:
+    """A dialogue in one string. The label behind which the answer is to come is none of its turns."""
     turns = hh_conversation(string_in(fields, "prompt"), note)
-    if turns[-1]["role"] == "assistant" and not turns[-1]["content"]:
-        turns = turns[:-1]
+    return turns[:-1] if turns[-1]["role"] == "assistant" and not turns[-1]["content"] else turns
+
+
+def _read_hh_prompt(fields: Fields, note: Note) -> RankedCompletions:
+    turns = hh_prompt_in(fields, note)
     sides = [string_in(fields, side).strip() for side in ("chosen", "rejected")]
     return ranked(turns, sides, note, at_least=2, margin=_margin(fields))
 
@@ -127,7 +136,7 @@ PREFERENCES: dict[str, DataFormat] = {
     "ranked": DataFormat(
         "preference",
         "prompt, completions (best first, or with scores or ranks)",
-        lambda fields: has(fields, PROMPT_COLUMNS, ["completions"]) and not is_stepwise(fields),
+        lambda fields: has(fields, PROMPT_COLUMNS, ["completions"]) and not (is_stepwise(fields) or is_sampled(fields)),
         _read_ranked,
     ),
     "hh": DataFormat(
@@ -139,13 +148,13 @@ PREFERENCES: dict[str, DataFormat] = {
     "hh_prompt": DataFormat(
         "preference",
         "prompt (a dialogue in one string, Human: / Assistant:), chosen, rejected",
-        lambda fields: _is_pair(fields) and is_hh(fields.get("prompt")) and isinstance(fields["chosen"], str),
+        is_hh_prompt,
         _read_hh_prompt,
     ),
     "implicit": DataFormat(
         "preference",
         "chosen, rejected (whole conversations as message lists)",
-        lambda fields: _is_pair(fields) and _is_whole(fields["chosen"]) and _is_whole(fields["rejected"]),
+        lambda fields: _is_pair(fields) and is_whole(fields["chosen"]) and is_whole(fields["rejected"]),
         _read_implicit,
     ),
     "explicit": DataFormat(

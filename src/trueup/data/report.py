@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+from trueup.data.data_format import Dropped, Note
+from trueup.data.rows import Row
 from trueup.errors import DataError
+
+Record = TypeVar("Record")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,3 +63,43 @@ class ReadReport:
         if self.num_prompts_cut:
             parts.append(f"prompts cut: {self.num_prompts_cut:,}")
         return "; ".join(parts)
+
+
+def read_all(
+    rows: Iterable[Row | DataError],
+    read: Callable[[Row, Note], Record],
+    report: ReadReport,
+    *,
+    wanted: str,
+    strict: bool = True,
+) -> Iterator[Record]:
+    """What ``read`` makes of each row; ``report`` is filled on the way.
+
+    A row that ``read`` drops (``Dropped``) is counted and left out. A malformed one raises ``DataError`` with its
+    place, and if nothing better is known with what is ``wanted`` as the way out; with ``strict=False`` it is collected
+    in the report and reading goes on.
+    """
+    for row in rows:
+        report.num_rows += 1
+        seen: list[str] = []
+        try:
+            if isinstance(row, DataError):
+                raise row
+            record = read(row, seen.append)
+        except Dropped as reason:
+            report.drop(str(reason), row.where or "")
+        except (DataError, RecursionError) as error:
+            malformed = row if isinstance(row, DataError) else _at(row, error, wanted)
+            if strict:
+                raise malformed from None
+            report.malformed.append(malformed)
+        else:
+            for what in dict.fromkeys(seen):
+                report.note(what, row.where)
+            yield record
+
+
+def _at(row: Row, error: DataError | RecursionError, wanted: str) -> DataError:
+    if isinstance(error, RecursionError):
+        return DataError("nested too deeply", where=row.where, way_out="flatten or remove the row")
+    return DataError(error.what, where=row.where, way_out=error.way_out or wanted)

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from trueup.data import reasoning_gym
 from trueup.errors import DataError, require_extra
 
 Fields = Mapping[str, Any]
 Source = str | Path | Iterable[Any]
-"""A path, a glob, ``hf:NAME``, a ``datasets`` object, an iterable of dicts, or a sequence of these."""
+"""A path, a glob, ``hf:NAME``, ``reasoning-gym:TASK``, a ``datasets`` object, an iterable of dicts, or a sequence of
+these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,9 @@ def read_rows(source: Source, *, split: str | None = None) -> Iterator[Row]:
     """Rows of ``source``, one at a time; nothing larger than a row (Parquet: a batch of rows) is held.
 
     ``source``: a path or glob of ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` (each also ``.gz`` or ``.zst``);
-    ``hf:NAME``, ``hf:NAME:CONFIG`` or ``hf:NAME@SPLIT`` for a Hugging Face dataset; a ``datasets`` object; an iterable
-    of dicts; or a sequence of any of these. ``split`` picks one of a Hugging Face dataset's parts (default ``train``).
+    ``hf:NAME``, ``hf:NAME:CONFIG`` or ``hf:NAME@SPLIT`` for a Hugging Face dataset; ``reasoning-gym:TASK?…`` for the
+    entries of a task (``reasoning_gym``); a ``datasets`` object; an iterable of dicts; or a sequence of any of these.
+    ``split`` picks one of a Hugging Face dataset's parts (default ``train``).
 
     Raises ``DataError`` for a source that is missing, damaged or of unknown kind, and for a record that is no record.
     """
@@ -54,6 +57,9 @@ def scan_rows(source: Source, *, split: str | None = None) -> Iterator[Row | Dat
     if isinstance(source, str | Path):
         if isinstance(source, str) and source.startswith("hf:"):
             yield from _hub_rows(source, split)
+        elif isinstance(source, str) and source.startswith(reasoning_gym.PREFIX):
+            for number, row in enumerate(reasoning_gym.reasoning_gym_rows(source)):
+                yield Row(f"{source} entry {number}", row)
         else:
             for path in _paths(source):
                 yield from _file_rows(path)

@@ -9,17 +9,13 @@ from trueup.runs.settings import ESCAPED, check_choices, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSettings:
-    """How long text may be, and how it is read: what everything that tokenises has in common."""
+class PromptSettings:
+    """How prompts are read: what everything that tokenises has in common."""
 
-    max_length: int = 1024
-    """Most tokens in prompt + completion; a longer completion is cut, and its end is then not trained."""
     max_prompt_length: int | None = None
-    """Most tokens in a prompt; by default only --max-length counts."""
+    """Most tokens in a prompt; by default only the longest text that is allowed, or can be read, counts."""
     overlong_prompt: Literal["drop", "keep_end"] = "drop"
     """What to do with a prompt that is too long: drop its row, or keep the prompt's end. Both are counted."""
-    overlong_completion: Literal["cut", "drop"] = "cut"
-    """What to do with a completion that is too long: cut it, or drop its row. Both are counted."""
     chat_template: str | None = None
     """Chat template in place of the tokenizer's own: plain (Human: / Assistant:), a Jinja template, or its file."""
     wrap_text: bool = False
@@ -30,6 +26,20 @@ class TextSettings:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_range(self, "max_prompt_length", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(PromptSettings):
+    """How long text may be, and how it is read."""
+
+    max_length: int = 1024
+    """Most tokens in prompt + completion; a longer completion is cut, and its end is then not trained."""
+    overlong_completion: Literal["cut", "drop"] = "cut"
+    """What to do with a completion that is too long: cut it, or drop its row. Both are counted."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(self, "max_length", at_least=2)  # a token of the prompt, one of the completion
         check_range(self, "max_prompt_length", at_least=1, below=self.max_length)
 

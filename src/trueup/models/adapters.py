@@ -107,6 +107,11 @@ def merged_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     W + (alpha / rank) · B A, summed in float32 and rounded once to W's type. The model itself is not touched: merging
     in place and undoing it would leave rounding errors in the base weights.
     """
+    return {name: tensor.cpu() for name, tensor, _ in merged_weights(model)}
+
+
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Of every weight of ``merged_state_dict``: its name, itself where the model has it, and whether it was summed."""
     modules: Any = model.named_modules()
     # The parameter is called "weight" in a linear layer; in fused experts, which are wrapped once for each, otherwise.
     deltas = {
@@ -114,16 +119,15 @@ def merged_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
         for name, module in modules
         if hasattr(module, "get_delta_weight")
     }
-    merged = {}
     for name, tensor in model.state_dict().items():
         if "lora_" in name or ".original_module." in name:
             continue
         name = plain_name(name)
         if name in deltas:
             delta = deltas[name].get_delta_weight(ADAPTER).detach()
-            tensor = (tensor.float() + delta.float()).to(tensor.dtype)
-        merged[name] = tensor.cpu()
-    return merged
+            yield name, (tensor.float() + delta.float()).to(tensor.dtype), True
+        else:
+            yield name, tensor, False
 
 
 def plain_name(name: str) -> str:

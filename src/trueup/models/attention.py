@@ -1,7 +1,8 @@
 """Attention over the tree batch, and the seam through which transformers' models reach it.
 
 The ``TreeLayout`` travels through the model's forward pass as the keyword argument ``layout`` and ends at the function
-registered here with transformers' ``AttentionInterface``. Three kernels compute the same thing:
+registered here with transformers' ``AttentionInterface``. A layout of another kind (``trueup.rollout.cohort``) brings
+its own ``attend``. Three kernels compute the tree's attention:
 
 - ``dense_attention`` under ``TreeLayout.visible``: a dozen plain lines, the truth of the tests, and the kernel for what
   the others can't (soft-capped scores, sinks, dropout);
@@ -15,8 +16,8 @@ stream that goes on behind the layout's end, with padding: nothing looks at it, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -301,6 +302,23 @@ def tree_attention(
 # --- the seam with transformers
 
 
+class Layout(Protocol):
+    """What a forward pass can carry in place of a ``TreeLayout``: it is asked in every attention layer, in order."""
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+        dropout: float,
+    ) -> Tensor: ...
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -308,7 +326,7 @@ def attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    layout: TreeLayout | None = None,
+    layout: TreeLayout | Layout | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -326,11 +344,11 @@ def attention_forward(
             raise ValueError("a position bias added to the scores is not part of the tree batch")
         # Rotary embeddings come in the residual stream's type, which may have more bits than products are to have.
         query, key = query.to(value.dtype), key.to(value.dtype)
-        out = tree_attention(
+        attend = partial(tree_attention, layout=layout) if isinstance(layout, TreeLayout) else layout.attend
+        out = attend(
             query,
             key,
             value,
-            layout,
             scaling=scaling,
             window=sliding_window,
             softcap=softcap,

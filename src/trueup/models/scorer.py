@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -48,6 +48,11 @@ CHECK_LIMITS = {
 """What windows and caps are lowered to during the check, so that a dozen tokens and small scores reach them."""
 
 AnyScorer = TypeVar("AnyScorer", "Scorer", "RewardScorer")
+AnyCandidate = TypeVar("AnyCandidate", bound="HasPath")
+
+
+class HasPath(Protocol):
+    path: str
 
 
 class Scorer(nn.Module):
@@ -82,7 +87,7 @@ class Scorer(nn.Module):
                 logits = _own_logits(self.model, batch)
                 return token_statistics(logits, batch.targets, temperature=temperature, want=want)
             hidden = _hidden_states(model, batch, self.path, "scored")
-        scale, softcap = _head_transform(model)
+        scale, softcap = head_transform(model)
         head = _in_use(model.get_output_embeddings())
         score = _linear_scores if isinstance(head, nn.Linear) else _module_scores
         return score(head, hidden, batch.targets, scale=scale, softcap=softcap, temperature=temperature, want=want)
@@ -92,7 +97,8 @@ class RewardScorer(nn.Module):
     """Scores of a sequence-classification model with one label. Made by ``prepare_reward_scorer``.
 
     Its trunk, then its ``score`` head; there is no language-model head. ``where`` it is read: "last", at each
-    completion's last token, or "step_ends", at the last token of each step.
+    completion's last token, "step_ends", at the last token of each step, or "states", wherever a critic has to say what
+    is still to come.
     """
 
     def __init__(self, model: nn.Module, path: str = "tree", *, where: str = "last") -> None:
@@ -103,7 +109,8 @@ class RewardScorer(nn.Module):
         self.float32_residual = False
 
     def forward(self, batch: TreeBatch) -> Tensor:
-        """Score every completion of the batch, float32 [C], or every step, [M]: in the order of the batch's indices."""
+        """Score every completion of the batch, float32 [C], every step, [M], or every state, [S + C]: in the order of
+        the batch's indices."""
         model = plain_model(self.model)
         with _residual(self):
             hidden = _hidden_states(model, batch, self.path, self.where)
@@ -136,8 +143,8 @@ def _residual(scorer: AnyScorer) -> AbstractContextManager[None]:
 
 
 def _hidden_states(model: Any, batch: TreeBatch, path: str, where: str) -> Tensor:
-    """The backbone's last hidden states at the batch's "scored" [S, D], "last" [C, D] or "step_ends" [M, D], in the
-    weights' type.
+    """The backbone's last hidden states at the batch's "scored" [S, D], "last" [C, D], "step_ends" [M, D] or
+    "states" [S + C, D], in the weights' type.
 
     The backward pass of ``index_select`` adds row by row in order: the gradient of a state that is read several times
     (a prompt's last) is the same to the bit in every run on a CPU. That of ``hidden[index]`` is not.
@@ -166,7 +173,7 @@ def _own_logits(model: nn.Module, batch: TreeBatch) -> Tensor:
     return logits.flatten(0, 1).index_select(0, rows.scored)
 
 
-def _head_transform(model: Any) -> tuple[float, float | None]:
+def head_transform(model: Any) -> tuple[float, float | None]:
     """What the model does to the logits behind its head: a factor, and a soft-cap.
 
     Cohere multiplies by ``logit_scale``, Falcon-H1 by ``lm_head_multiplier``, Granite divides by ``logits_scaling``,
@@ -234,7 +241,7 @@ def prepare_scorer(model: nn.Module, *, neftune_alpha: float = 0.0) -> Scorer:
     forward pass.
     """
     candidates = [Scorer, partial(Scorer, path="padded"), partial(Scorer, path="padded", own_head=True)]
-    scorer = _first_exact(model, candidates, _plain_logprobs, lambda scorer, batch: scorer(batch).logprobs)
+    scorer = _prepare(model, candidates, plain_logprobs, lambda scorer, batch: scorer(batch).logprobs)
     scorer.neftune_alpha = neftune_alpha  # only now: what is random can't be compared
     return scorer
 
@@ -253,7 +260,7 @@ def prepare_reward_scorer(model: nn.Module) -> RewardScorer:
         )
     where = "step_ends" if getattr(inner.config, "scores_each", None) == "step" else "last"
     candidates = [partial(RewardScorer, path=path, where=where) for path in ("tree", "padded")]
-    return _first_exact(model, candidates, partial(_plain_scores, where=where), lambda scorer, batch: scorer(batch))
+    return _prepare(model, candidates, partial(_plain_scores, where=where), lambda scorer, batch: scorer(batch))
 
 
 def _plain_sequences(batch: TreeBatch, where: str = "last") -> Iterator[Tensor]:
@@ -264,7 +271,7 @@ def _plain_sequences(batch: TreeBatch, where: str = "last") -> Iterator[Tensor]:
         yield rows.tokens[row : row + 1, : column + 1]
 
 
-def _plain_logprobs(model: nn.Module, batch: TreeBatch) -> Tensor:
+def plain_logprobs(model: nn.Module, batch: TreeBatch) -> Tensor:
     """The truth for a ``Scorer``: [S]."""
     logprobs = []
     for sequence, length in zip(_plain_sequences(batch), batch.lengths.tolist(), strict=True):
@@ -279,38 +286,15 @@ def _plain_scores(model: nn.Module, batch: TreeBatch, where: str) -> Tensor:
     return torch.cat([model(input_ids=sequence, use_cache=False).logits[0] for sequence in sequences])
 
 
-def _first_exact(
+def _prepare(
     model: nn.Module,
     candidates: Sequence[Callable[[nn.Module], AnyScorer]],
     truth: Callable[[nn.Module, TreeBatch], Tensor],
     score: Callable[[AnyScorer, TreeBatch], Tensor],
 ) -> AnyScorer:
     """The first candidate, tree before padded, that gives the truth; its attention is set on the model."""
+    candidate, attention, differences = first_exact(model, candidates, truth, score)
     given = plain_model(model)
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise ModelError("a prompt-learning adapter has tokens that the batch does not know", way_out="use LoRA")
-    register_tree_attention()
-    own_attention = given.config._attn_implementation
-    trial = _trial(model)
-    tolerance = TOLERANCE.get(plain_model(trial).dtype, TOLERANCE[torch.float32])
-    batch = check_batch(given)
-    differences = []
-    with torch.no_grad(), _evaluating(trial), _lowered_limits(plain_model(trial)):
-        with _attention(plain_model(trial), "eager"):
-            expected = truth(trial, batch).float()
-        for candidate in candidates:
-            scorer = candidate(trial)
-            attention = TREE_ATTENTION if scorer.path == "tree" else own_attention
-            with _attention(plain_model(trial), attention):
-                difference = _difference(partial(score, scorer, batch), expected, tolerance)
-            if difference is None:
-                break
-            differences.append(difference)
-        else:
-            raise ModelError(
-                f"no way to score {type(given).__name__} reproduces its plain forward pass ({differences[-1]})",
-                way_out="train a model of another architecture",
-            )
     if differences:
         warnings.warn(
             f"{type(given).__name__} can't use the tree batch ({differences[0]}): it is scored on padded rows, with "
@@ -320,7 +304,7 @@ def _first_exact(
     given.config._attn_implementation = attention
     swap_norms(given)
     scorer = candidate(model)
-    scorer.float32_residual = _takes_float32_residual(scorer, batch)
+    scorer.float32_residual = _takes_float32_residual(scorer, check_batch(given))
     return scorer
 
 
@@ -337,6 +321,44 @@ def _takes_float32_residual(scorer: Scorer | RewardScorer, batch: TreeBatch) -> 
     except RuntimeError:
         return False
     return True
+
+
+def first_exact(
+    model: nn.Module,
+    candidates: Sequence[Callable[[nn.Module], AnyCandidate]],
+    truth: Callable[[nn.Module, TreeBatch], Tensor],
+    score: Callable[[AnyCandidate, TreeBatch], Tensor],
+) -> tuple[Callable[[nn.Module], AnyCandidate], str, list[str]]:
+    """The first candidate that gives the truth on ``check_batch``, the attention implementation that it needs, and how
+    those before it differ.
+
+    A candidate is made from a model and says which ``path`` it takes; "tree" needs the tree's attention. The model is
+    what it was afterwards. Raises ``ModelError`` if no candidate gives the truth.
+    """
+    given = plain_model(model)
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ModelError("a prompt-learning adapter has tokens that the batch does not know", way_out="use LoRA")
+    register_tree_attention()
+    own_attention = given.config._attn_implementation
+    trial = _trial(model)
+    tolerance = TOLERANCE.get(plain_model(trial).dtype, TOLERANCE[torch.float32])
+    batch = check_batch(given)
+    differences = []
+    with torch.no_grad(), _evaluating(trial), _lowered_limits(plain_model(trial)):
+        with _attention(plain_model(trial), "eager"):
+            expected = truth(trial, batch).float()
+        for candidate in candidates:
+            made = candidate(trial)
+            attention = TREE_ATTENTION if made.path == "tree" else own_attention
+            with _attention(plain_model(trial), attention):
+                difference = _difference(partial(score, made, batch), expected, tolerance)
+            if difference is None:
+                return candidate, attention, differences
+            differences.append(difference)
+    raise ModelError(
+        f"no way to run {type(given).__name__} reproduces its plain forward pass ({differences[-1]})",
+        way_out="take a model of another architecture",
+    )
 
 
 def _trial(model: nn.Module) -> nn.Module:

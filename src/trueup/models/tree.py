@@ -91,6 +91,11 @@ class PaddedRows(NamedTuple):
     last: Tensor
     step_ends: Tensor
 
+    @property
+    def states(self) -> Tensor:
+        """int64 [S + C]: every state that a critic values, the one before each scored token, then each last one."""
+        return torch.cat([self.scored, self.last])
+
 
 @dataclass(frozen=True, eq=False)
 class TreeBatch:
@@ -133,6 +138,11 @@ class TreeBatch:
     def row_mask(self) -> Tensor:
         """Where ``rows`` holds a scored token: bool [C, Tmax]."""
         return self.rows(torch.ones_like(self.places, dtype=torch.bool))
+
+    @property
+    def states(self) -> Tensor:
+        """int64 [S + C]: every state that a critic values, the one before each scored token, then each last one."""
+        return torch.cat([self.scored, self.last])
 
     @property
     def sequence_lengths(self) -> Tensor:

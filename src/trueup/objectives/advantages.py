@@ -65,41 +65,60 @@ def gae(
     )
 
 
-def group_centered(scores: Float[Tensor, "*groups k"]) -> Float[Tensor, "*groups k"]:
+def group_centered(
+    scores: Float[Tensor, "*groups k"], mask: Bool[Tensor, "*groups k"] | None = None
+) -> Float[Tensor, "*groups k"]:
     """Each completion's score minus the mean score of its group.
 
         A_i = r_i − 1/k · Σ_j r_j
 
     Its own score is part of the baseline, so the policy gradient shrinks by (k−1)/k (``leave_one_out`` does not).
+    ``mask``: which entries there are, where groups differ in size (k is then their number in each); 0 elsewhere.
     Shapes: [..., K] → [..., K]. Units: those of the scores. A group whose scores are all equal gives exactly 0.
+    Raises ``ValueError`` if the shapes differ.
     The advantage of Dr.GRPO (Liu et al. 2025, arXiv 2503.20783).
     """
+    present, count = _present(scores, mask)
     # Measured from the lowest score, equal scores are all exactly 0, whatever the rounding of their mean.
-    above = scores - scores.amin(-1, keepdim=True)
-    return above - above.mean(-1, keepdim=True)
+    lowest = torch.where(present, scores, torch.inf).amin(-1, keepdim=True)
+    above = torch.where(present, scores - lowest, 0.0)
+    return torch.where(present, above - above.sum(-1, keepdim=True) / count.clamp(min=1), 0.0)
 
 
-def group_normalized(scores: Float[Tensor, "*groups k"], *, ddof: int, eps: float) -> Float[Tensor, "*groups k"]:
+def group_normalized(
+    scores: Float[Tensor, "*groups k"], mask: Bool[Tensor, "*groups k"] | None = None, *, ddof: int, eps: float
+) -> Float[Tensor, "*groups k"]:
     """Group-centred scores divided by the group's standard deviation.
 
         A_i = (r_i − mean_j r_j) / (std_j r_j + ε),    std² = 1/(k − ddof) · Σ_j (r_j − mean r)²
 
     Groups of all difficulties get the same spread. That rescales each prompt's reward by 1/std, so together with a KL
     term the optimum is not π_ref·exp(r/β) any more. ``ddof``: 0 for the population's, 1 for the sample's standard
-    deviation (torch's and TRL's). ``eps`` is added to the standard deviation, in units of the scores.
+    deviation (torch's and TRL's). ``eps`` is added to the standard deviation, in units of the scores. ``mask``: which
+    entries there are, where groups differ in size: with process supervision a group is the rewards of all steps of its
+    completions (§4.1.3); 0 elsewhere, and for a single entry.
     Shapes: [..., K] → [..., K], without units. A group whose scores are all equal (max = min: rounding can leave its
     computed std above 0) gives exactly 0, with ε = 0 too.
-    Raises ``ValueError`` for k ≤ ddof or negative ε.
-    The advantage of GRPO with outcome rewards (Shao et al. 2024, arXiv 2402.03300, §4.1.2).
+    Raises ``ValueError`` for K ≤ ddof, negative ε or shapes that differ.
+    The advantage of GRPO (Shao et al. 2024, arXiv 2402.03300, §4.1.2 and §4.1.3).
     """
     if scores.shape[-1] <= ddof:
         raise ValueError(f"a group of {scores.shape[-1]} has no standard deviation with ddof={ddof}")
     if eps < 0:
         raise ValueError(f"eps can't be negative, as {eps} is")
-    centered = group_centered(scores)
-    std = (centered.square().sum(-1, keepdim=True) / (scores.shape[-1] - ddof)).sqrt()
-    equal = scores.amax(-1, keepdim=True) == scores.amin(-1, keepdim=True)
-    return centered / torch.where(equal, 1.0, std + eps)
+    centered = group_centered(scores, mask)
+    present, count = _present(scores, mask)
+    std = (centered.square().sum(-1, keepdim=True) / (count - ddof).clamp(min=1)).sqrt()
+    highest = torch.where(present, scores, -torch.inf).amax(-1, keepdim=True)
+    lowest = torch.where(present, scores, torch.inf).amin(-1, keepdim=True)
+    return centered / torch.where(highest <= lowest, 1.0, std + eps)
+
+
+def _present(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which entries of a group there are, and how many: [..., K] and [..., 1]."""
+    require_same_shape(scores, mask=mask)
+    present = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    return present, present.sum(-1, keepdim=True)
 
 
 def leave_one_out(scores: Float[Tensor, "*groups k"]) -> Float[Tensor, "*groups k"]:

@@ -81,6 +81,20 @@ def k3(logprobs: Float[Tensor, "*batch"], ref_logprobs: Float[Tensor, "*batch"])
     return torch.expm1(-difference) + difference
 
 
+def k3_of_old(logprobs: Float[Tensor, "*batch"], old_logprobs: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """KL(π_old‖π) from what π_old sampled: how far the policy has moved since, never negative.
+
+        k = ρ − 1 − log ρ,    ρ = π/π_old
+
+    Unbiased, value and gradient: ∇k = (ρ − 1)·∇log π, whose mean under π_old is −E_old[∇log π] = ∇KL(π_old‖π) in every
+    state. The penalty of ``kl_penalized_surrogate`` where the whole distribution is too large to keep, and the metric
+    ``approx_kl``. Shapes: [...], alike. Units: nats. No gradient flows into ``old_logprobs``.
+    Raises ``ValueError`` if the shapes differ. Source: Schulman 2020, "Approximating KL divergence".
+    """
+    difference = log_ratio(logprobs, old_logprobs)
+    return torch.expm1(difference) - difference
+
+
 def kl_penalized_rewards(
     rewards: Float[Tensor, "*batch t"],
     logprobs: Float[Tensor, "*batch t"],

@@ -221,6 +221,35 @@ def cispo(
     return weight * reinforce(logprobs, advantages)
 
 
+def truncated_weights(ratio: Float[Tensor, "*batch"], *, cap: float) -> Float[Tensor, "*batch"]:
+    """Truncated importance sampling: weights for samples of another policy, bounded from above.
+
+        w = sg[min(ρ, C)],    ρ = π_old(a|s) / μ(a|s)
+
+    μ is what really sampled (an engine in another precision, with another kernel), π_old the same policy as the trainer
+    computes it. Multiply advantages or losses with w: without the cap the mean is that under π_old, exactly per step;
+    the cap trades a little bias for a bounded variance. C ≥ 1, usually 2. Constant: no gradient flows through it.
+    Shapes: [...]. Raises ``ValueError`` unless C ≥ 1.
+    Source: Ionides 2008 (truncated importance sampling).
+    """
+    _cap(cap)
+    return ratio.detach().clamp(max=cap)
+
+
+def masked_weights(ratio: Float[Tensor, "*batch"], *, cap: float) -> Float[Tensor, "*batch"]:
+    """Masked importance sampling: a sample that the two policies see too differently takes no part.
+
+        w = sg[ρ] if 1/C ≤ ρ ≤ C, else 0,    ρ = π_old(a|s) / μ(a|s)
+
+    As ``truncated_weights``, but what lies outside the range is left out instead of cut to it, on both sides: there the
+    sampler's numbers are taken to be wrong, not merely different. Shapes: [...]. Raises ``ValueError`` unless C ≥ 1.
+    Source: the token-level masking of Ling Team 2025 ("Every step evolves", arXiv 2510.18855).
+    """
+    _cap(cap)
+    weight = ratio.detach()
+    return torch.where((weight <= cap) & (weight * cap >= 1), weight, 0.0)
+
+
 def adapt_kl_penalty(kl_coef: float, kl: float, target: float) -> float:
     """PPO's controller for β in ``kl_penalized_surrogate``, after each policy update.
 
@@ -261,6 +290,11 @@ def _mean_log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor | None)
 def _clip_range(clip_low: float, clip_high: float) -> None:
     if not (0 <= clip_low <= 1 and clip_high >= 0):
         raise ValueError(f"need 0 ≤ clip_low ≤ 1 and clip_high ≥ 0, not {clip_low} and {clip_high}")
+
+
+def _cap(cap: float) -> None:
+    if not cap >= 1:
+        raise ValueError(f"the cap of a weight has to be at least 1, not {cap}")
 
 
 def _positive_target(target: float) -> None:

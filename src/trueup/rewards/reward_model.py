@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -27,8 +29,10 @@ from trueup.runs.memory import is_out_of_memory
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RewardModel:
-    """A reward model, how text becomes its tokens, and how its scores are read. Made by ``RewardModel.load``."""
+class ScoringModel:
+    """A model with a score head, how text becomes its tokens, and how its scores are read. Made by ``load``."""
+
+    scores_each: ClassVar[Literal["completion", "step"]]
 
     scorer: RewardScorer
     tokenizer: PreTrainedTokenizerBase
@@ -47,14 +51,14 @@ class RewardModel:
         device: str = "auto",
         settings: TokenizeSettings | None = None,
         tokens_per_batch: int = 4096,
-    ) -> RewardModel:
-        """A trained reward model: a folder, a run's folder (its newest checkpoint), a hub name, or a model in memory.
+    ) -> Self:
+        """A trained model: a folder, a run's folder (its newest checkpoint), a hub name, or a model in memory.
 
         ``settings``: as in training; ``max_length`` is lowered to the model's context. Raises ``ModelError`` as
         ``load_reward_model`` does, and for a model without a trained score head.
         """
         check_trained(name)
-        loaded = load_reward_model(name, dtype=dtype, device=device)
+        loaded = load_reward_model(name, dtype=dtype, device=device, scores_each=cls.scores_each)
         settings = settings or TokenizeSettings()
         limit = context_length(loaded.model) or settings.max_length
         return cls(
@@ -65,6 +69,50 @@ class RewardModel:
             scale=ScoreScale.of(plain_model(loaded.model).config.to_dict()),
             tokens_per_batch=tokens_per_batch,
         )
+
+    def tokenized(self, example: RankedCompletions, report: ReadReport) -> CompletionGroup | None:
+        """The tokens of a row; None, counted in ``report``, for one that can't be scored."""
+        return tokenize_group(self.tokenizer, example, self.settings, report)
+
+    def score_groups(self, groups: Sequence[CompletionGroup]) -> list[np.ndarray]:
+        """The scores of every group's completions, or of their steps: one float64 [K] or [M] per group, in its order.
+
+        Raises ``OutOfMemoryError``, which says what to lower.
+        """
+        scores: list[np.ndarray] = [np.empty(0)] * len(groups)
+        for micro in micro_batches(groups, self.tokens_per_batch):
+            raw = self._raw_scores([groups[index] for index in micro])
+            ends = np.cumsum([self._num_scores(groups[index]) for index in micro])
+            for index, part in zip(micro, np.split(raw, ends[:-1]), strict=True):
+                scores[index] = self.scale(part)
+        return scores
+
+    def _num_scores(self, group: CompletionGroup) -> int:
+        if self.scores_each == "completion":
+            return len(group.completions)
+        return sum(len(each.step_ends) for each in group.completions if each.step_ends is not None)
+
+    @torch.no_grad()
+    def _raw_scores(self, groups: Sequence[CompletionGroup]) -> np.ndarray:
+        """One forward pass: float64 [C] or [M]."""
+        try:
+            return self.scorer(tree_batch(groups, next(self.scorer.parameters()).device)).double().cpu().numpy()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            num_tokens = sum(group.num_tokens for group in groups)
+            lower = "--tokens-per-batch" if len(groups) > 1 else "--max-length"
+            raise OutOfMemoryError(
+                f"out of memory, with {num_tokens:,} tokens in one pass",
+                where=self.name,
+                way_out=f"{lower} {max(1, num_tokens // 2)}",
+            ) from error
+
+
+class RewardModel(ScoringModel):
+    """A model that scores completions."""
+
+    scores_each = "completion"
 
     def score(self, prompt: Text | Sequence[Message], completions: Sequence[Text | Sequence[Message]]) -> np.ndarray:
         """The scores of K answers to one prompt: float64 [K].
@@ -82,38 +130,11 @@ class RewardModel:
             groups.append(group)
         return np.concatenate([np.empty(0), *self.score_groups(merge_prompts(groups, self.tokens_per_batch))])
 
-    def tokenized(self, example: RankedCompletions, report: ReadReport) -> CompletionGroup | None:
-        """The tokens of a row; None, counted in ``report``, for one that can't be scored."""
-        return tokenize_group(self.tokenizer, example, self.settings, report)
 
-    def score_groups(self, groups: Sequence[CompletionGroup]) -> list[np.ndarray]:
-        """The scores of every group's completions: one float64 [K] per group, in its order.
-
-        Raises ``OutOfMemoryError``, which says what to lower.
-        """
-        scores: list[np.ndarray] = [np.empty(0)] * len(groups)
-        for micro in micro_batches(groups, self.tokens_per_batch):
-            raw = self._raw_scores([groups[index] for index in micro])
-            ends = np.cumsum([len(groups[index].completions) for index in micro])
-            for index, part in zip(micro, np.split(raw, ends[:-1]), strict=True):
-                scores[index] = self.scale(part)
-        return scores
-
-    @torch.no_grad()
-    def _raw_scores(self, groups: Sequence[CompletionGroup]) -> np.ndarray:
-        """One forward pass: float64 [C]."""
-        try:
-            return self.scorer(tree_batch(groups, next(self.scorer.parameters()).device)).double().cpu().numpy()
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            num_tokens = sum(group.num_tokens for group in groups)
-            lower = "--tokens-per-batch" if len(groups) > 1 else "--max-length"
-            raise OutOfMemoryError(
-                f"out of memory, with {num_tokens:,} tokens in one pass",
-                where=self.name,
-                way_out=f"{lower} {max(1, num_tokens // 2)}",
-            ) from error
+def scores_steps(name: str | Path) -> bool:
+    """Whether a saved model is a process reward model. Raises ``ModelError`` as ``model_source`` does."""
+    config = json.loads((model_source(name) / "config.json").read_text(encoding="utf-8"))
+    return config.get("scores_each") == "step"
 
 
 def check_trained(name: str | Path | LoadedModel) -> None:

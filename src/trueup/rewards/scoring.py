@@ -12,18 +12,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from trueup.data.formats import read_examples
 from trueup.data.report import ReadReport
 from trueup.data.rows import Source, source_name
-from trueup.errors import CheckpointError, DataError, NonFiniteError, SettingsError
+from trueup.errors import CheckpointError, DataError, NonFiniteError
 from trueup.records import CompletionGroup, RankedCompletions
 from trueup.rewards.ensembles import ensemble_mean, ensemble_std
 from trueup.rewards.reward_model import RewardModel
-from trueup.runs.files import write_errors
+from trueup.runs import line_file
+from trueup.runs.line_file import Line, Resume, append
 from trueup.runs.progress import RunProgress
 from trueup.runs.statistics import (
     accuracy_interval,
@@ -40,8 +41,6 @@ computed beside; since the parts are the same in every run, a run that was stopp
 SAME_SCORE = 1e-2
 """How far, in units of 1 + |score|, a score may be from the one in the file for the models to count as the same:
 another machine rounds otherwise."""
-
-Line = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,7 @@ def score_data(
     data_format: str = "auto",
     limit: int | None = None,
     aggregate: Callable[[np.ndarray], np.ndarray] = ensemble_mean,
-    resume: Literal["no", "auto", "yes"] = "no",
+    resume: Resume = "no",
     quiet: bool = False,
 ) -> Scored:
     """Score every completion of ``source`` and write ``output``, one JSON object a line.
@@ -204,48 +203,17 @@ def num_models(line: Line) -> int:
 
 # ------------------------------------------------------------------------------------------------------- the file
 
-_OPENING = b'{"row": '
+
+def begun(output: Path, resume: Resume) -> list[Line]:
+    """The whole lines of a file of scores that a run left; a last line that was cut is cut away. No file has none."""
+    return line_file.begun(output, resume, "scores", '{"row": ', read_line)
 
 
-def begun(output: Path, resume: Literal["no", "auto", "yes"]) -> list[Line]:
-    """The whole lines of a file that a run left; a last line that was cut is cut away. No file has none."""
-    if not output.exists():
-        if resume == "yes":
-            raise CheckpointError(
-                "there is nothing to go on with", where=str(output), way_out="--resume auto starts anew then"
-            )
-        return []
-    if resume == "no":
-        raise SettingsError(
-            "there is such a file already",
-            where=str(output),
-            way_out="name another --output, remove it, or go on with it: --resume auto",
-        )
-    with write_errors(output):
-        content = output.read_bytes()
-    *whole, cut = content.split(b"\n")
-    lines = [read_line(line, f"{output}:{number}") for number, line in enumerate(whole, start=1)]
-    if cut:
-        if not _OPENING.startswith(cut[: len(_OPENING)]):
-            raise not_ours(f"{output}:{len(whole) + 1}")
-        with write_errors(output), output.open("rb+") as file:
-            file.truncate(len(content) - len(cut))
-    return lines
-
-
-def read_line(line: bytes, where: str) -> Line:
-    """Raise ``CheckpointError`` for what isn't a line of scores."""
-    try:
-        record = json.loads(line)
-        if len(record["scores"]) == len(record["lengths"]) == len(record["completions"]) and record["row"] >= 0:
-            return record
-    except (ValueError, KeyError, TypeError) as error:
-        raise not_ours(where) from error
-    raise not_ours(where)
-
-
-def not_ours(where: str) -> CheckpointError:
-    return CheckpointError("not a line of scores", where=where, way_out="name another file with --output")
+def read_line(record: Line) -> Line:
+    """Raise ``ValueError`` or ``KeyError`` for what isn't a line of scores."""
+    if not len(record["scores"]) == len(record["lengths"]) == len(record["completions"]) or record["row"] < 0:
+        raise ValueError
+    return record
 
 
 def check_same_rows(lines: Sequence[Line], examples: Sequence[RankedCompletions], output: Path) -> None:
@@ -289,15 +257,6 @@ def check_finite(scores: Sequence[np.ndarray], models: Sequence[RewardModel], ex
                 where=example.where or None,
                 way_out="try --dtype float32; if it stays, the model is broken",
             )
-
-
-def append(output: Path, lines: Sequence[Line]) -> None:
-    """Write whole lines behind those that are there, in one call."""
-    text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-    with write_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(text)
 
 
 def as_json(value: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -90,23 +91,42 @@ class RunProgress:
 
     def aside(self, items: Sequence[Item], title: str) -> Iterator[Item]:
         """The items, one by one, with a bar (or now and then a line) of their own, and the time left for them."""
-        began = last_line = time.monotonic()
-        task = self._bar.add_task(title, total=len(items), line="") if self._bar else None
-        try:
-            for index, item in enumerate(items):
+        with self.meter(len(items), title) as advance:
+            for item in items:
                 yield item
-                now, done = time.monotonic(), index + 1
-                left = clock((now - began) / done * (len(items) - done))
-                line = f"{done}/{len(items)} · {clock(now - began)} elapsed · {left} left"
-                if self._bar and task is not None:
-                    self._bar.update(task, completed=done, line=line)
-                elif not self.quiet and now - last_line >= self._seconds_between_lines:
-                    last_line = now
-                    self._console.print(f"{title} {line}", markup=False, soft_wrap=True)
+                advance(1)
+
+    @contextmanager
+    def meter(
+        self, total: int, title: str, *, at_most: bool = False, part_of_step: bool = False
+    ) -> Iterator[Callable[[int], None]]:
+        """For what is done between the steps: call what this gives with the number of items done since the last call.
+
+        ``at_most``: there may turn out to be fewer than ``total``, and so the time left is a bound. ``part_of_step``:
+        it is done for every step, and so belongs to the time that steps take.
+        """
+        began = last_line = time.monotonic()
+        done = 0
+        task = self._bar.add_task(title, total=total, line="") if self._bar else None
+
+        def advance(number: int) -> None:
+            nonlocal done, last_line
+            done += number
+            now = time.monotonic()
+            left = clock((now - began) / max(done, 1) * (total - done))
+            line = f"{done:,}/{total:,} · {clock(now - began)} elapsed · {'at most ' * at_most}{left} left"
+            if self._bar and task is not None:
+                self._bar.update(task, completed=done, line=line)
+            elif not self.quiet and now - last_line >= self._seconds_between_lines:
+                last_line = now
+                self._console.print(f"{title} {line}", markup=False, soft_wrap=True)
+
+        try:
+            yield advance
         finally:
             if self._bar and task is not None:
                 self._bar.remove_task(task)
-            spent = time.monotonic() - began
+            spent = 0.0 if part_of_step else time.monotonic() - began
             self._seconds_aside += spent
             # The tokens of steps before and after are not to be divided by the time between them.
             self._recent = deque((at + spent, tokens) for at, tokens in self._recent)

@@ -95,6 +95,21 @@ def parse(
         raise
 
 
+def given_value(argv: Sequence[str], name: str, settings_class: type) -> str | None:
+    """What the flags, or else the file that they name, give for one field; None where they do not.
+
+    For a value that decides the others' defaults, and so must be known before they are parsed.
+    """
+    paths, flags = _split_config(argv)
+    given = [flag for path in paths for entry in _entries_of(path, settings_class) for flag in entry.flags] + flags
+    flag, found = flag_name(name), None
+    for index, word in enumerate(given):
+        key, equals, value = word.partition("=")
+        if key.replace("_", "-") == flag and (equals or index + 1 < len(given)):
+            found = value if equals else given[index + 1]
+    return found
+
+
 def check_range(
     settings: Any,
     name: str,

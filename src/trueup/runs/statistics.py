@@ -50,7 +50,7 @@ def accuracy_interval(
     outcomes = _checked(outcomes)
     mean = float(outcomes.mean())
     effect = _design_effect(outcomes - mean, np.ones_like(outcomes), _list_index(lists, outcomes))
-    return _wilson(mean, len(outcomes) / effect, level)
+    return wilson(mean, len(outcomes) / effect, level)
 
 
 def length_matched_accuracy(
@@ -91,7 +91,7 @@ def length_matched_accuracy(
         variance += weight**2 * smoothed * (1 - smoothed) / max(count - pairs, pairs)
         residuals[members], weights[members] = cell - cell.mean(), weight / count
     variance *= _design_effect(residuals, weights, index)
-    return _wilson(float(mean), smoothed_mean * (1 - smoothed_mean) / variance, level)
+    return wilson(float(mean), smoothed_mean * (1 - smoothed_mean) / variance, level)
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,7 +351,8 @@ def _strata(gaps: np.ndarray, min_cell: int) -> list[np.ndarray]:
     return strata
 
 
-def _wilson(mean: float, count: float, level: float) -> tuple[float, float, float]:
+def wilson(mean: float, count: float, level: float) -> tuple[float, float, float]:
+    """(mean, low, high): Wilson's interval for a mean of ``count`` independent outcomes, see ``accuracy_interval``."""
     if not 0 < level < 1:
         raise ValueError("the level must lie between 0 and 1")
     z = NormalDist().inv_cdf((1 + level) / 2)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from trueup.data.collate import micro_batches
 from trueup.models.tree import TreeBatch, tree_batch
 from trueup.records import CompletionGroup
-from trueup.runs.progress import RunProgress
 from trueup.trainers.fingerprint import weights_fingerprint
 from trueup.trainers.inputs import Inputs
 from trueup.trainers.memory import memory_errors
@@ -70,20 +69,22 @@ def fit(
             tally.add(share, metrics, tokens=len(batch.tokens), groups=chosen)
         return tally
 
-    def evaluate(step: int, progress: RunProgress) -> dict[str, float]:
+    def evaluate(step: int) -> None:
+        nonlocal evaluated
         scorer.eval()
-        metrics = {}
         if inputs.held_out:
             with torch.no_grad():
                 tally = measure(inputs.held_out, learn=False, told=partial(progress.aside, title="evaluation"))
             figures, tables = summarise(tally)
-            metrics = {f"eval_{name}": value for name, value in figures.items()}
-            session.log(metrics, step)
+            evaluated = {f"eval_{name}": value for name, value in figures.items()}
+            session.log(evaluated, step)
             if tables is not None:
                 session.folder.log_calibration(tables, step)
         write_samples(step)
         scorer.train()
-        return metrics
+
+    def save(step: int) -> None:
+        session.save(step, stepper, counters, save_model)
 
     known = inputs.fingerprints | {"starting weights": weights_fingerprint(scorer), **(fingerprints or {})}
     start, counters = session.restore(stepper, known)
@@ -96,7 +97,7 @@ def fit(
         )
     with closing(stepper), session.running(start, inputs.num_steps) as progress:
         if start == 0:
-            evaluated = evaluate(0, progress)
+            evaluate(0)
         for step, epoch, groups in inputs.steps(start):
             began, done = time.perf_counter(), step + 1
             tally = measure(groups, learn=True)
@@ -117,16 +118,5 @@ def fit(
             if not math.isfinite(grad_norm):
                 session.skipped(groups, done, counters)
 
-            last = done == inputs.num_steps
-            if last or due(done, settings.eval_every):
-                evaluated = evaluate(done, progress)
-            if last or due(done, settings.save_every) or session.interrupt.requested:
-                session.save(done, stepper, counters, save_model)
-            if session.interrupt.requested:
-                raise session.stopped(done)
+            session.after_step(done, inputs.num_steps, evaluate=evaluate, save=save)
     return session.result(evaluated or trained)
-
-
-def due(step: int, every: int | None) -> bool:
-    """Is it time for what happens every ``every`` steps?"""
-    return every is not None and step % every == 0

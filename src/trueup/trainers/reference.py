@@ -77,10 +77,10 @@ def reference_logprobs(
     return lookup(groups, stored_logprobs(settings, frozen, groups, say)), fingerprints
 
 
-def frozen_logprobs(scorer: Scorer, batch: TreeBatch) -> Tensor:
+def frozen_logprobs(scorer: Scorer, batch: TreeBatch, temperature: float = 1.0) -> Tensor:
     """Log-probs without gradient, adapters off."""
     with torch.no_grad(), reference_mode(scorer.model) if has_adapter(scorer.model) else nullcontext():
-        return scorer(batch).logprobs
+        return scorer(batch, temperature=temperature).logprobs
 
 
 def lookup(groups: Sequence[CompletionGroup], logprobs: Sequence[np.ndarray]) -> Reference:

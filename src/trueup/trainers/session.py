@@ -67,9 +67,16 @@ class Session:
         self.folder.log(metrics, step)
         self.track(metrics, step)
 
-    def restore(self, stepper: Stepper, fingerprints: Mapping[str, str]) -> tuple[int, Counters]:
+    def restore(
+        self,
+        stepper: Stepper,
+        fingerprints: Mapping[str, str],
+        take_over: Callable[[Mapping[str, Any]], None] = lambda state: None,
+    ) -> tuple[int, Counters]:
         """The step to go on from, with parameters, optimiser and random states set to what they were then.
 
+        ``take_over`` is given what else was saved (``save``'s ``more``); a ``KeyError``, ``ValueError`` or
+        ``RuntimeError`` of it means that it does not fit.
         No record is cut back before everything was found to fit. Raises ``CheckpointError`` where data,
         tokenizer or starting weights are not those of the ``fingerprints`` that the run began with.
         """
@@ -89,6 +96,7 @@ class Session:
         check_unchanged(state.get("fingerprints", {}), fingerprints, str(self.folder.path))
         try:
             stepper.load_state_dict(state["stepper"])
+            take_over(state)
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"it does not fit this model and optimiser: {error}",
@@ -121,8 +129,15 @@ class Session:
             f"interrupted after step {step}, which is saved\n  → --resume auto goes on in {self.folder.path}"
         )
 
-    def save(self, step: int, stepper: Stepper, counters: Counters, save_model: Callable[[Path], None]) -> None:
-        """Write a checkpoint: the model for others, the state for going on."""
+    def save(
+        self,
+        step: int,
+        stepper: Stepper,
+        counters: Counters,
+        save_model: Callable[[Path], None],
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a checkpoint: the model for others, the state for going on; ``more`` of it where a loop has more."""
         if not stepper.is_finite():
             raise NonFiniteError(
                 f"after step {step} the parameters are not finite numbers any more, so they are not saved",
@@ -136,8 +151,24 @@ class Session:
             "stepper": stepper.state_dict(),
             "rng": rng_state(),
             "counters": vars(counters),
+            **(more or {}),
         }
         save_checkpoint(self.folder, step, save_model=save_model, state=state, keep_last=self.settings.keep_checkpoints)
+
+    def after_step(
+        self, done: int, num_steps: int, *, evaluate: Callable[[int], None], save: Callable[[int], None]
+    ) -> None:
+        """What comes after each optimiser step: evaluate and save where it is time, and stop where the user wants it.
+
+        Raises ``KeyboardInterrupt`` after an interrupt, once the step is saved.
+        """
+        last = done == num_steps
+        if last or due(done, self.settings.eval_every):
+            evaluate(done)
+        if last or due(done, self.settings.save_every) or self.interrupt.requested:
+            save(done)
+        if self.interrupt.requested:
+            raise self.stopped(done)
 
     def skipped(self, groups: Sequence[CompletionGroup], step: int, counters: Counters) -> None:
         """Keep the tokens of a batch whose loss or gradient was not finite, for a look at them.
@@ -172,6 +203,11 @@ class Session:
         if not metrics:
             metrics = {name: value for line in read_metrics(self.folder.metrics)[-2:] for name, value in line.items()}
         return RunResult(folder=self.folder.path, model_folder=checkpoint / "model", metrics=dict(metrics))
+
+
+def due(step: int, every: int | None) -> bool:
+    """Is it time for what happens every ``every`` steps?"""
+    return every is not None and step % every == 0
 
 
 Given = TypeVar("Given", bound=TrainSettings)

@@ -1,0 +1,1 @@
+"""Untrusted Python in a process without network, files or privileges: see ``run``."""

@@ -1,0 +1,324 @@
+"""Keys and values while completions are written, and attention over them.
+
+A cohort is some prompts and the completions that go on from them, all with as many tokens as each other. Prompts are
+kept once each, ``[N, H_kv, P, D]``, padded to the longest of the cohort; completions behind each other as they are
+written, ``[R, H_kv, T, D]``. A row's query looks at its prompt and at its own completion, and the two parts are merged
+through their log-sum-exps:
+
+    out = (e^{lse_p} · out_p + e^{lse_s} · out_s) / (e^{lse_p} + e^{lse_s})
+
+The layouts here go down the model's forward pass as the tree's does (``trueup.models.attention``), first a
+``PromptLayout`` and then a ``StepLayout`` for each further token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trueup.models.attention import tree_attention
+from trueup.models.tree import GroupSpan, TreeLayout
+from trueup.objectives.products import cpu_multiplies
+
+ROOM = 64
+"""Tokens of each completion that there is room for at first; it doubles when it is used up."""
+
+HIDDEN = -1e30
+"""Added to the score of a key that is not seen. Not −∞: a query that sees nothing of its prompt has no NaN there, only
+a log-sum-exp so small that the prompt weighs nothing."""
+
+
+@dataclass(slots=True)
+class Layer:
+    """One layer's keys and values: [N, H_kv, P, D] of the prompts, [R, H_kv, T, D] of the completions."""
+
+    prompt_keys: Tensor
+    prompt_values: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class Grid(NamedTuple):
+    """The rows group by group, where they don't stand so already: ``rows`` [N, G], the row at each place (any row where
+    a group has fewer than G), and ``places`` [R], each row's place in the flattened grid."""
+
+    rows: Tensor
+    places: Tensor
+
+
+class Cohort:
+    """``lengths``: of the N prompts. ``copies``: completions of each. ``room``: tokens that a completion can get.
+
+    ``group``: int64 [R], the prompt of each row. ``age``: tokens of each completion whose keys are there.
+    """
+
+    def __init__(self, lengths: Sequence[int], copies: Sequence[int], room: int, device: torch.device) -> None:
+        self.lengths = np.array(lengths)
+        self.group = np.repeat(np.arange(len(lengths)), copies)
+        self.room = room
+        self.device = device
+        self.width = int(self.lengths.max())
+        self.age = 0
+        self.layers: list[Layer] = []
+        self._capacity = (len(self.group), len(self.lengths))
+        self._grid: Grid | int | None = None
+
+    @property
+    def reserved(self) -> int:
+        """Tokens whose keys and values it may come to hold."""
+        rows, groups = self._capacity
+        return rows * self.room + groups * self.width
+
+    @property
+    def positions(self) -> np.ndarray:
+        """int64 [R]: where each row's next token stands."""
+        return self.lengths[self.group] + self.age
+
+    # --- keys and values
+
+    def add_layer(self, key: Tensor, value: Tensor, places: Sequence[slice]) -> None:
+        """Take over the prompts' keys and values out of a stream [1, H_kv, tokens, D]; ``places``: each prompt's."""
+
+        def prompts(stream: Tensor) -> Tensor:
+            kept = stream.new_zeros(len(self.lengths), stream.shape[1], self.width, stream.shape[3])
+            for prompt, place in zip(kept, places, strict=True):
+                prompt[:, : place.stop - place.start] = stream[0, :, place]
+            return kept
+
+        def completions(stream: Tensor) -> Tensor:
+            room = min(ROOM, self.room)
+            return stream.new_empty(len(self.group), stream.shape[1], room, stream.shape[3])
+
+        self.layers.append(Layer(prompts(key), prompts(value), completions(key), completions(value)))
+
+    def append(self, layer: Layer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the next token's keys and values, [R, H_kv, D], behind the rows'; returns all, [R, H_kv, age + 1, D]."""
+        if self.age == layer.keys.shape[2]:
+            more = min(2 * self.age, self.room) - self.age
+            layer.keys, layer.values = (
+                torch.cat([each, each.new_empty(*each.shape[:2], more, each.shape[3])], 2)
+                for each in (layer.keys, layer.values)
+            )
+        rows = len(self.group)
+        layer.keys[:rows, :, self.age] = key
+        layer.values[:rows, :, self.age] = value
+        return layer.keys[:rows, :, : self.age + 1], layer.values[:rows, :, : self.age + 1]
+
+    def keep(self, alive: np.ndarray) -> np.ndarray:
+        """Let rows go: bool [R] → int64, the old number of each row that is left, in their new order.
+
+        Rows from the end take the places of those that go; prompts without rows go in the same way.
+        """
+        order = _moved_up(alive)
+        group = self.group[order]
+        used = np.isin(np.arange(len(self.lengths)), group)
+        groups = _moved_up(used)
+        number = np.zeros(len(self.lengths), dtype=np.int64)
+        number[groups] = np.arange(len(groups))
+        for layer in self.layers:
+            for each in (layer.keys, layer.values):
+                _move(each[:, :, : self.age], order)
+            for each in (layer.prompt_keys, layer.prompt_values):
+                _move(each, groups)
+        self.group, self.lengths, self._grid = number[group], self.lengths[groups], None
+        self._shrink()
+        return order
+
+    def _shrink(self) -> None:
+        """Give memory back when half of it is unused."""
+        rows, groups = self._capacity
+        if 2 * len(self.group) <= rows:
+            rows = len(self.group)
+            for layer in self.layers:
+                layer.keys, layer.values = layer.keys[:rows].clone(), layer.values[:rows].clone()
+        if 2 * len(self.lengths) <= groups:
+            groups, self.width = len(self.lengths), int(self.lengths.max(initial=0))
+            for layer in self.layers:
+                layer.prompt_keys = layer.prompt_keys[:groups, :, : self.width].clone()
+                layer.prompt_values = layer.prompt_values[:groups, :, : self.width].clone()
+        self._capacity = (rows, groups)
+
+    # --- attention
+
+    @property
+    def grid(self) -> Grid | int:
+        """How the rows stand: the number of each prompt's completions where these follow each other, else a ``Grid``."""
+        if self._grid is None:
+            counts = np.bincount(self.group, minlength=len(self.lengths))
+            if np.array_equal(self.group, np.repeat(np.arange(len(counts)), counts[0])):
+                self._grid = int(counts[0])
+            else:
+                order = np.argsort(self.group, kind="stable")
+                column = np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts)
+                rows = np.zeros((len(counts), counts.max()), dtype=np.int64)
+                rows[self.group[order], column] = order
+                places = np.empty_like(order)
+                places[order] = self.group[order] * counts.max() + column
+                self._grid = Grid(self._put(rows), self._put(places))
+        return self._grid
+
+    def prompt_bias(self, window: int | None) -> Tensor | None:
+        """[N, P]: 0 where the next token sees the prompt's key, ``HIDDEN`` elsewhere; None if all see all."""
+        column, lengths = np.arange(self.width), self.lengths[:, None]
+        seen = column < lengths
+        if window is not None:
+            seen = seen & (lengths + self.age - column < window)
+        return None if seen.all() else self._put(np.where(seen, 0.0, HIDDEN).astype(np.float32))
+
+    def _put(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+def _moved_up(alive: np.ndarray) -> np.ndarray:
+    """Who stands where when the last ones take the places of those that go."""
+    count = int(alive.sum())
+    order = np.arange(count)
+    order[~alive[:count]] = count + np.flatnonzero(alive[count:])
+    return order
+
+
+def _move(rows: Tensor, order: np.ndarray) -> None:
+    places = np.flatnonzero(order != np.arange(len(order)))
+    if len(places):
+        put = torch.from_numpy(places).to(rows.device)
+        rows[put] = rows[torch.from_numpy(order[places]).to(rows.device)]
+
+
+@dataclass(eq=False)
+class PromptLayout:
+    """The prompts of one cohort behind each other, as a stream: every one a group without completions."""
+
+    cohort: Cohort
+    tree: TreeLayout = field(init=False)
+
+    def __post_init__(self) -> None:
+        lengths = self.cohort.lengths
+        starts = lengths.cumsum() - lengths
+        positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+        group = self.cohort._put(np.repeat(np.arange(len(lengths)), lengths))
+        spans = [
+            GroupSpan(start, 0, (length,)) for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
+        ]
+        self.tree = TreeLayout(group, torch.zeros_like(group), self.cohort._put(positions), tuple(spans))
+
+    @property
+    def last(self) -> Tensor:
+        """int64 [N]: where in the stream each prompt ends."""
+        return self.cohort._put(self.cohort.lengths.cumsum() - 1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
+        self.cohort.add_layer(key, value, [slice(span.start, span.stop) for span in self.tree.spans])
+        return tree_attention(query, key, value, self.tree, **options)
+
+
+@dataclass(eq=False)
+class StepLayout:
+    """One further token of every row of some cohorts, as a stream: their rows one after the other.
+
+    The stream may go on behind them with padding, whose attention is 0.
+    """
+
+    cohorts: Sequence[Cohort]
+    layer: int = 0
+    biases: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """[1, H, tokens, D] → [1, H, tokens, D_value], as ``[1, tokens, H, D_value]`` in memory."""
+        outs, start = [], 0
+        for number, cohort in enumerate(self.cohorts):
+            if (number, window) not in self.biases:
+                self.biases[number, window] = cohort.prompt_bias(window)
+            q, k, v = (each[0, :, start : start + len(cohort.group)].transpose(0, 1) for each in (query, key, value))
+            layer = cohort.layers[self.layer]
+            keys, values = cohort.append(layer, k, v)
+            if window is not None:
+                keys, values = keys[:, :, -window:], values[:, :, -window:]
+            bias = self.biases[number, window]
+            outs.append(_attend(cohort, q, layer, keys, values, bias, scaling=scaling, softcap=softcap, sinks=sinks))
+            start += len(cohort.group)
+        self.layer += 1
+        if start < query.shape[2]:
+            outs.append(outs[0].new_zeros(query.shape[2] - start, *outs[0].shape[1:]))
+        return (outs[0] if len(outs) == 1 else torch.cat(outs)).transpose(0, 1)[None]
+
+
+def _attend(
+    cohort: Cohort,
+    query: Tensor,
+    layer: Layer,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One cohort's rows, [R, H, D], against their prompts and completions → [R, H, D_value]."""
+    heads = keys.shape[1]
+    own = query.unflatten(1, (heads, -1))  # [R, H_kv, copies, D]: heads that share a key ask side by side
+    groups = len(cohort.lengths)
+    prompt_keys, prompt_values = layer.prompt_keys[:groups], layer.prompt_values[:groups]
+    grid = cohort.grid
+    shared = own.unflatten(0, (groups, grid)) if isinstance(grid, int) else own[grid.rows]  # [N, G, H_kv, copies, D]
+    places = shared.shape[1], own.shape[2]
+    shared = shared.transpose(1, 2).flatten(2, 3)  # [N, H_kv, G · copies, D]
+
+    def rows(of_grid: Tensor) -> Tensor:
+        """[N, H_kv, G · copies, …] → [R, H_kv, copies, …]"""
+        flat = of_grid.unflatten(2, places).transpose(1, 2).flatten(0, 1)
+        return flat if isinstance(grid, int) else flat[grid.places]
+
+    same_width = query.shape[-1] == values.shape[-1]
+    if query.device.type == "cpu" and softcap is None and sinks is None and same_width:
+        from_prompt, prompt_lse = _flash(shared, prompt_keys, prompt_values, bias, scaling)
+        from_own, own_lse = _flash(own, keys, values, None, scaling)
+        share = torch.sigmoid(rows(prompt_lse) - own_lse).unsqueeze(-1).to(from_own.dtype)
+        return torch.lerp(from_own, rows(from_prompt), share).flatten(1, 2)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    prompt_scores = rows(shared @ prompt_keys.mT).to(wide) * scaling
+    own_scores = (own @ keys.mT).to(wide) * scaling
+    scores = torch.cat([prompt_scores, own_scores], -1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    width = prompt_keys.shape[2]
+    if bias is not None:
+        scores[..., :width] += bias[cohort._put(cohort.group), None, None]
+    if sinks is not None:
+        column = sinks.to(wide).view(1, heads, -1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], -1)
+    weights = scores.softmax(-1).to(query.dtype)
+    of_prompt, of_own = weights[..., :width], weights[..., width : width + keys.shape[2]]
+    in_grid = of_prompt.unflatten(0, (groups, grid)) if isinstance(grid, int) else of_prompt[grid.rows]
+    from_prompt = in_grid.transpose(1, 2).flatten(2, 3) @ prompt_values
+    return (rows(from_prompt) + of_own @ values).flatten(1, 2)
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+    """The CPU's kernel: [B, H, Q, D] against [B, H, K, D], and the log-sum-exp of the scores, [B, H, Q].
+
+    In bfloat16 where the CPU multiplies it, else in float32 at least.
+    """
+    native = query.dtype == torch.bfloat16 and cpu_multiplies(torch.bfloat16)
+    dtype = query.dtype if native else torch.promote_types(query.dtype, torch.float32)
+    mask = None if bias is None else bias[:, None, None].to(dtype).expand(len(bias), 1, query.shape[2], bias.shape[1])
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query.to(dtype), key.to(dtype), value.to(dtype), 0.0, False, attn_mask=mask, scale=scaling
+    )
+    return out.to(query.dtype), lse

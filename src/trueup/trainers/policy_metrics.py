@@ -1,0 +1,156 @@
+"""What an online run reports of itself, under TRL's names where TRL has them, and when it raises an alarm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trueup.objectives import divergence, reduce
+from trueup.records import StopReason
+from trueup.trainers.algorithms import Learned
+from trueup.trainers.experience import Experience
+from trueup.trainers.policy_settings import PolicySettings
+
+
+def rollout_metrics(x: Experience, each: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """What was sampled and how it scored. ``each``: the scores of every reward by name, NaN where it says nothing."""
+    lengths = x.mask.sum(-1).float()
+    ended = lengths[~x.truncated]
+    spread = x.scores.amax(-1) - x.scores.amin(-1)
+    metrics = {
+        "reward": x.scores.mean().item(),
+        "reward_std": x.scores.std(-1).mean().item() if x.group_size > 1 else x.scores.std(correction=0).item(),
+        "frac_reward_zero_std": (spread == 0).float().mean().item(),
+        "completions/mean_length": lengths.mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": x.truncated.float().mean().item(),
+        # Minus the mean log-prob of what was sampled is an unbiased estimate of the entropy per token, for nothing.
+        "entropy": -(x.sampler_logprobs.sum() / x.mask.sum()).item(),
+    }
+    for name, length in (("mean", torch.mean), ("min", torch.min), ("max", torch.max)):
+        metrics[f"completions/{name}_terminated_length"] = length(ended).item() if len(ended) else 0.0
+    for name, scores in each.items():
+        said = scores[~np.isnan(scores)]
+        if len(said):
+            metrics |= {f"rewards/{name}/mean": float(said.mean()), f"rewards/{name}/std": float(said.std())}
+    if x.values is not None and x.returns is not None:
+        metrics |= critic_metrics(x)
+    return metrics
+
+
+def critic_metrics(x: Experience) -> dict[str, float]:
+    """How much of the returns' variance the critic explained before it learned from them, and what PPO's trainers
+    have always reported."""
+    assert x.values is not None
+    assert x.returns is not None
+    returns, values = x.returns[x.mask], x.values[x.mask]
+    variance = returns.var(correction=0).item()
+    left = (returns - values).var(correction=0).item()
+    ends = [completion.stop_reason is StopReason.END for group in x.groups for completion in group.completions]
+    return {
+        "explained_variance": 1.0 - left / variance if variance > 0 else 0.0,
+        "objective/scores": x.scores.mean().item(),
+        "objective/rlhf_reward": x.totals.mean().item(),
+        "objective/non_score_reward": (x.totals - x.scores).mean().item(),
+        "val/num_eos_tokens": float(sum(ends)),
+    }
+
+
+@torch.no_grad()
+def learning_metrics(x: Learned, sampler_logprobs: Tensor, settings: PolicySettings) -> dict[str, Tensor]:
+    """How far the policy is from the one that sampled, from the sampler and from the reference: a value per token, or
+    per completion."""
+    mask, ratio = x.mask, x.ratio
+    below = (ratio < 1 - settings.clip_low) & (x.advantages < 0)
+    above = (ratio > 1 + settings.clip_high) & (x.advantages > 0)
+    gap = (x.old_logprobs - sampler_logprobs)[mask]
+    metrics = {
+        "clip_ratio/low_mean": below[mask].float(),
+        "clip_ratio/high_mean": above[mask].float(),
+        "clip_ratio/region_mean": (below | above)[mask].float(),
+        "approx_kl": divergence.k3_of_old(x.logprobs, x.old_logprobs)[mask],
+        "sampling/sampling_logp_difference/mean": gap.abs(),
+        "sampling/importance_sampling_ratio/mean": gap.exp(),
+    }
+    if x.ref_logprobs is not None:
+        metrics["kl"] = divergence.k3(x.logprobs, x.ref_logprobs)[mask]
+        metrics["objective/kl"] = reduce.sequence_sum(divergence.k1(x.logprobs, x.ref_logprobs), mask)
+    if x.entropy is not None:
+        metrics["policy/entropy_avg"] = x.entropy[mask]
+    return metrics
+
+
+@dataclass
+class Alarms:
+    """Tells once when a run goes wrong in one of the ways that runs go wrong, and again when it does so anew.
+
+    Part of every checkpoint: plain numbers only.
+    """
+
+    first: dict[str, float] = field(default_factory=dict)
+    """The first rollout's metrics that later ones are compared with."""
+    on: dict[str, bool] = field(default_factory=dict)
+
+    def heard(self, metrics: Mapping[str, float]) -> list[str]:
+        """What to say after this rollout; ``metrics`` are those of its record."""
+        for name in ("entropy", "completions/mean_length"):
+            if name in metrics:
+                self.first.setdefault(name, metrics[name])
+        texts = {}
+        for name, (rings, text) in ALARMS.items():
+            ringing = rings(metrics, self.first)
+            if ringing and not self.on.get(name, False):
+                texts[name] = text
+            self.on[name] = ringing
+        return [f"alarm, {name}: {text}" for name, text in texts.items()]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """1 for every alarm that is on."""
+        return {f"alarms/{name.replace(' ', '_')}": 1.0 for name, on in self.on.items() if on}
+
+
+def _collapsed(metrics: Mapping[str, float], first: Mapping[str, float]) -> bool:
+    return metrics.get("entropy", math.inf) < 0.05 * first.get("entropy", 0.0)
+
+
+def _drifted(metrics: Mapping[str, float], first: Mapping[str, float]) -> bool:
+    now, then = (each.get("completions/mean_length", 1.0) for each in (metrics, first))
+    return not 1 / 3 <= now / max(then, 1.0) <= 3
+
+
+ALARMS = {
+    "entropy collapse": (
+        _collapsed,
+        "the entropy is below a twentieth of what it was at first: nothing new is sampled any more"
+        "\n  → a lower --learning-rate, a larger --kl-coef or --clip-high, or --entropy-coef",
+    ),
+    "length drift": (
+        _drifted,
+        "completions are a third, or three times, as long as at first"
+        "\n  → look at samples.jsonl: does the reward pay for length? `length` and `overlong` are rewards too",
+    ),
+    "all truncated": (
+        lambda metrics, first: metrics.get("completions/clipped_ratio", 0.0) >= 0.95,
+        "nearly every completion is cut off, so that no answer is complete\n  → a larger --max-new-tokens",
+    ),
+    "no signal": (
+        lambda metrics, first: metrics.get("frac_reward_zero_std", 0.0) >= 0.95,
+        "in nearly every group all scores are equal, so that nothing is learned"
+        "\n  → easier or harder prompts, a larger --group-size, --filter-groups, or a reward with more shades",
+    ),
+    "KL run-away": (
+        lambda metrics, first: (
+            metrics.get("objective/kl", 0.0) > max(10.0, metrics.get("completions/mean_length", 0.0))
+        ),
+        "the policy is more than a nat per token away from its reference"
+        "\n  → a larger --kl-coef, or --kl-target, or a lower --learning-rate",
+    ),
+}
+"""Of each alarm: whether it rings, and what to do about it. ``no signal`` is for recipes that compare a group."""
