@@ -61,8 +61,8 @@ class IterateSettings(PolicySettings):
 
 def iterate_defaults(argv: Sequence[str]) -> IterateSettings:
     """What the recipe sets."""
-    given = vars(rl_defaults(argv))
-    return IterateSettings(**(given | {"output": IterateSettings.output}))
+    values: dict[str, Any] = vars(rl_defaults(argv)) | {"output": IterateSettings.output}
+    return IterateSettings(**values)
 
 
 def iterate(settings: IterateSettings) -> None:
