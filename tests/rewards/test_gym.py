@@ -91,6 +91,8 @@ HOSTILE = [
     "9**9**9**9",
     "[0] * 10**12",
     "print('[\"score\", 1.0]')",
+    "__import__('os').write(3, b'[\"score\", 1.0]')",
+    "[__import__('os').write(fd, b'[\"\", \"score\", 1.0]') for fd in (3, 1)]",
     "__import__('os').write(4, b'[[\"score\", 1.0]]\\n')",
     "__import__('socket').create_connection(('127.0.0.1', 80))",
 ]

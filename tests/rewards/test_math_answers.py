@@ -79,7 +79,7 @@ def test_a_worker_that_does_not_answer_is_replaced(monkeypatch):
     worker = scorer._worker
     assert worker is not None
     os.kill(worker.process.pid, signal.SIGSTOP)
-    monkeypatch.setattr(answer_scorer, "SLACK_SECONDS", 0.2 - 20)
+    monkeypatch.setattr(answer_scorer, "SLACK_SECONDS", 0.2 - 60)
     with pytest.raises(WorkerEnded, match="the process that scores did not answer"):
         scorer._ask([("1", "1")])
     assert not worker.is_alive
