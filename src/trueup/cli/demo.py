@@ -233,12 +233,14 @@ def written_answers(model_folder: Path, held_out: list[Problem]) -> list[str]:
 
     from trueup.data.chat import stop_token_ids
     from trueup.models.load import load_model
+    from trueup.rollout.torch_engine import TorchEngine
     from trueup.trainers.samples import greedy_completions
 
     loaded = load_model(model_folder, device="cpu")
     prompts = [np.array(loaded.tokenizer(p.prompt, add_special_tokens=False).input_ids) for p in held_out]
     stop_tokens = stop_token_ids(loaded.tokenizer)
-    written = greedy_completions(loaded.model, prompts, stop_tokens=stop_tokens, max_new_tokens=4, batch_size=512)
+    engine = TorchEngine(loaded.model, dtype="same")
+    written = greedy_completions(engine, prompts, stop_tokens=stop_tokens, max_new_tokens=4)
     return [str(loaded.tokenizer.decode(tokens)).strip() for tokens in written]
 
 
