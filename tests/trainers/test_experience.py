@@ -208,7 +208,7 @@ def test_completions_without_gradient_stay_out_and_are_counted(stage: Callable, 
     torch.testing.assert_close(gradient, alone * 3 / 4, rtol=1e-5, atol=1e-6)
     nothing, none = at.learn(x, [3])
     assert not nothing.any()
-    assert none.means() == {"loss": 0.0}
+    assert none.means() == {"loss": 0.0} | {f"clip_ratio/{name}_mean": 0.0 for name in ("low", "high", "region")}
     with_kl = make(stage, [*groups, equal], "rloo", batch_size=4, kl_coef=0.1, kl_form="sequence_k2")
     assert with_kl.learn(with_kl.rollout(), [3])[0].any()
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trueup.objectives import advantages, divergence, policy_gradient, preference, reduce, returns
-from trueup.trainers.experience import Experience
+from trueup.trainers.experience import Experience, first_tokens
 from trueup.trainers.policy_settings import KLForm, PolicySettings
 from trueup.trainers.tally import Totals
 
@@ -258,8 +258,7 @@ def _sequence_k2(x: Learned) -> Tensor:
     """At the first token of each completion, so that it is summed as the other forms are."""
     assert x.ref_logprobs is not None
     whole = divergence.sequence_k2(x.logprobs, x.ref_logprobs, x.mask)
-    first = x.mask & (x.mask.cumsum(-1) == 1)
-    return torch.where(first, whole[:, None], 0.0)
+    return torch.where(first_tokens(x.mask), whole[:, None], 0.0)
 
 
 KL_LOSSES: dict[KLForm, Callable[[Learned], Tensor]] = {

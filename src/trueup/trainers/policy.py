@@ -34,7 +34,7 @@ from trueup.trainers.experience import Experience, Micro, passes, units
 from trueup.trainers.memory import memory_errors
 from trueup.trainers.players import Players, load_players, save_critic
 from trueup.trainers.policy_inputs import load_policy_inputs
-from trueup.trainers.policy_metrics import Alarms, learning_metrics
+from trueup.trainers.policy_metrics import Alarms, learning_metrics, not_clipped
 from trueup.trainers.policy_settings import PolicySettings
 from trueup.trainers.rollouts import Moving, mini_batch, roll_out
 from trueup.trainers.session import RunResult, guarded, open_session
@@ -141,7 +141,7 @@ def train_policy(
                     "tokens_per_second": tally.tokens / seconds,
                 }
                 session.log(metrics, step + 1)
-                shown = {"reward": x.scores.mean().item(), "loss": tally.loss}
+                shown = {name: metrics[name] for name in ("reward", "loss") if name in metrics}
                 progress.step(num_tokens=tally.tokens, metrics=shown)
                 if broken:
                     session.skipped([x.groups[index] for index in chosen], step + 1, counters)
@@ -173,10 +173,9 @@ def learn(
     rows = [index * x.group_size + k for index in chosen for k in range(x.group_size)]
     totals = Totals(groups=len(chosen), completions=len(rows), tokens=int(x.learned[rows].sum()))
     tally = Tally()
+    wanted = taking_part(x, settings, algorithm)
     limit = sum(x.groups[index].num_tokens for index in chosen) if algorithm.whole_groups else settings.tokens_per_batch
-    for micro in passes(
-        units(x, chosen, taking_part(x, settings, algorithm), limit), settings.tokens_per_batch, players.device
-    ):
+    for micro in passes(units(x, chosen, wanted, limit), settings.tokens_per_batch, players.device):
         with memory_errors(settings, micro.groups):
             share, metrics = x.rewards.new_zeros(()), {}
             if not only_critic:
@@ -187,6 +186,8 @@ def learn(
                 regression.backward()
                 metrics |= explained
         tally.add(share, metrics, tokens=len(micro.batch.tokens), groups=micro.groups)
+    left_out = [row for row in rows if not wanted[row]]
+    tally.add(x.rewards.new_zeros(()), not_clipped(x, left_out, whole_ratio=algorithm.whole_ratio), tokens=0)
     return tally
 
 
