@@ -34,7 +34,7 @@ from trueup.trainers.experience import Experience, Micro, passes, units
 from trueup.trainers.memory import memory_errors
 from trueup.trainers.players import Players, load_players, save_critic
 from trueup.trainers.policy_inputs import load_policy_inputs
-from trueup.trainers.policy_metrics import Alarms, learning_metrics
+from trueup.trainers.policy_metrics import Alarms, learning_metrics, not_clipped
 from trueup.trainers.policy_settings import PolicySettings
 from trueup.trainers.rollouts import Moving, mini_batch, roll_out
 from trueup.trainers.session import RunResult, guarded, open_session
@@ -141,14 +141,16 @@ def train_policy(
                     "tokens_per_second": tally.tokens / seconds,
                 }
                 session.log(metrics, step + 1)
-                shown = {"reward": x.scores.mean().item(), "loss": tally.loss}
+                shown = {name: metrics[name] for name in ("reward", "loss") if name in metrics}
                 progress.step(num_tokens=tally.tokens, metrics=shown)
                 if broken:
                     session.skipped([x.groups[index] for index in chosen], step + 1, counters)
+                if moving.stopped or inner + 1 == settings.steps_per_rollout:
+                    adapt(settings, moving, metrics)
             else:
                 progress.step()
             if inner + 1 == settings.steps_per_rollout:
-                end_rollout(number, settings, players, moving, metrics)
+                end_rollout(number, settings, players)
             session.after_step(step + 1, inputs.num_steps, evaluate=evaluate, save=save)
             metrics = {}
     return session.result(evaluated)
@@ -171,10 +173,9 @@ def learn(
     rows = [index * x.group_size + k for index in chosen for k in range(x.group_size)]
     totals = Totals(groups=len(chosen), completions=len(rows), tokens=int(x.learned[rows].sum()))
     tally = Tally()
+    wanted = taking_part(x, settings, algorithm)
     limit = sum(x.groups[index].num_tokens for index in chosen) if algorithm.whole_groups else settings.tokens_per_batch
-    for micro in passes(
-        units(x, chosen, taking_part(x, settings, algorithm), limit), settings.tokens_per_batch, players.device
-    ):
+    for micro in passes(units(x, chosen, wanted, limit), settings.tokens_per_batch, players.device):
         with memory_errors(settings, micro.groups):
             share, metrics = x.rewards.new_zeros(()), {}
             if not only_critic:
@@ -185,6 +186,8 @@ def learn(
                 regression.backward()
                 metrics |= explained
         tally.add(share, metrics, tokens=len(micro.batch.tokens), groups=micro.groups)
+    left_out = [row for row in rows if not wanted[row]]
+    tally.add(x.rewards.new_zeros(()), not_clipped(x, left_out, whole_ratio=algorithm.whole_ratio), tokens=0)
     return tally
 
 
@@ -223,12 +226,13 @@ def policy_loss(
     learned = Learned(
         logprobs=logprobs,
         old_logprobs=old,
-        advantages=rows(x.advantages) * importance(old - sampler, settings),
+        advantages=torch.where(rows(x.learned), rows(x.advantages) * importance(old - sampler, settings), 0.0),
         mask=rows(x.learned),
         group_size=x.group_size,
         ref_logprobs=None if x.ref_logprobs is None else rows(x.ref_logprobs),
         entropy=None if said.entropy is None else micro.batch.rows(said.entropy),
         penalty_coef=moving.penalty_coef,
+        whole_ratio=algorithm.whole_ratio,
     )
     loss = algorithm.reduce(algorithm.surrogate(learned, settings), learned.mask, totals, settings)
     metrics = learning_metrics(learned, sampler, settings)
@@ -268,17 +272,19 @@ def critic_loss(
 # --- between rollouts
 
 
-def end_rollout(
-    number: int, settings: PolicySettings, players: Players, moving: Moving, metrics: Mapping[str, float]
-) -> None:
-    """The engine samples from the new policy; coefficients move; the reference too, where it is time."""
-    players.take_policy_to_engine()
+def adapt(settings: PolicySettings, moving: Moving, metrics: Mapping[str, float]) -> None:
+    """The controllers' turn, after the last step that was made on a rollout: ``metrics`` are of that step."""
     if settings.kl_target is not None and "objective/kl" in metrics:
         moving.kl_coef = policy_gradient.adapt_kl_leash(moving.kl_coef, metrics["objective/kl"], settings.kl_target)
     if settings.penalty_target is not None and "approx_kl" in metrics:
         moving.penalty_coef = policy_gradient.adapt_kl_penalty(
             moving.penalty_coef, metrics["approx_kl"], settings.penalty_target
         )
+
+
+def end_rollout(number: int, settings: PolicySettings, players: Players) -> None:
+    """The engine samples from the new policy, which becomes the reference too where it is time."""
+    players.take_policy_to_engine()
     if settings.reference_every and (number + 1) % settings.reference_every == 0:
         players.take_policy_to_reference()
 
@@ -304,6 +310,16 @@ def check_fits(settings: PolicySettings, algorithm: Algorithm) -> None:
             "only a critic can say what a completion that was cut off would still have earned",
             where="--truncated-completions",
             way_out="take a recipe with a critic (ppo), or terminal or masked",
+        )
+    if settings.kl_coef > 0 and settings.kl_form == "reward" and not (algorithm.kl_in_reward or algorithm.reference):
+        raise SettingsError(
+            f"the advantages of recipe {settings.recipe} would not see a KL in the reward",
+            where="--kl-form",
+            way_out="--kl-form prefix_k3, for example, puts it into the loss",
+        )
+    if algorithm.reference and settings.kl_target is not None:
+        raise SettingsError(
+            f"β is part of the loss of recipe {settings.recipe} and stays", where="--kl-target", way_out="leave it out"
         )
     if algorithm.reference and settings.kl_coef == 0:
         raise SettingsError(f"recipe {settings.recipe} needs a β above 0", where="--kl-coef")

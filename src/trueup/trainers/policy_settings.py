@@ -156,6 +156,8 @@ class PolicySettings(RewardChoice, TrainSettings):
         if self.streaming:
             raise SettingsError("is for the offline loops", where="--streaming", way_out="leave it out")
         check_used(self, self.kl_coef > 0, "--kl-coef", "kl_target")
+        several = self.steps_per_rollout > 1
+        check_used(self, several, "several steps per rollout (--num-mini-batches, --inner-epochs)", "target_kl")
         check_used(self, self.importance != "none", "--importance", "importance_cap")
         check_used(self, self.filter_groups, "--filter-groups", "max_draws")
         self.sampling()
