@@ -72,6 +72,8 @@ class Algorithm:
     """Whether the surrogate has a gradient where the advantage is 0."""
     whole_groups: bool = False
     """Whether the surrogate compares the completions of a group, so that none may be missing in a pass."""
+    steps: bool = False
+    """Whether the advantages are made of the scores of steps, which a process reward model gives."""
     smallest_group: int = 1
     """Fewest completions of a prompt that it is defined for."""
 
