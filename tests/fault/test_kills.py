@@ -184,7 +184,7 @@ def test_killed_at_ten_random_moments(loop: str, seed: int, ends, data, pairs_fi
 @pytest.mark.parametrize("recipe", ONLINE)
 def test_online_killed_at_ten_random_moments(recipe: str, seed: int, ends, questions, tmp_path):
     random = np.random.default_rng([seed, len(recipe)])
-    settings = IN_AND_BETWEEN_ROLLOUTS | questions | ONLINE[recipe] | {"recipe": recipe, "max_steps": 36}
-    kills: list[Any] = [float(random.uniform(0.02, 0.25)) for _ in range(5)]
-    kills += [[*ONLINE_POINTS[random.integers(len(ONLINE_POINTS))], int(random.integers(1, 4))] for _ in range(5)]
+    settings = IN_AND_BETWEEN_ROLLOUTS | questions | ONLINE[recipe] | {"recipe": recipe, "max_steps": 72}
+    kills: list[Any] = [float(random.uniform(0.01, 0.1)) for _ in range(5)]
+    kills += [[*ONLINE_POINTS[random.integers(len(ONLINE_POINTS))], int(random.integers(1, 3))] for _ in range(5)]
     assert check("rl", [kills[index] for index in random.permutation(10)], ends, settings, tmp_path) == 10
