@@ -924,7 +924,7 @@ def _(home: Home) -> list[str]:
     return online(*flags, "--max-steps", "4", "--num-mini-batches", "1", "--critic-warmup", "9", command="ppo")
 
 
-@fault("a policy that can't be sampled from", r"can't be sampled|not finite")
+@fault("a policy that can't be sampled from", r"logits are not finite .*\n  → look at the model's weights")
 def _(home: Home) -> list[str]:
     return online("--learning-rate", "1e30", "--optimizer", "sgd", "--max-steps", "5")
 

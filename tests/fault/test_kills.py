@@ -48,11 +48,12 @@ IN_AND_BETWEEN_ROLLOUTS = {
     "dtype": "float32",
     "holdout": 0.3,
     "max_steps": 12,
-    "eval_every": 3,
+    "eval_every": 2,
     "save_every": 3,
     "num_samples": 2,
 }
-"""A rollout has four steps, so that checkpoints and evaluations fall in the middle of one, and at its end."""
+"""A rollout has four steps: checkpoints and evaluations fall in the middle of one, and at its end, and some evaluations
+in the middle of one that was gone on with."""
 SHARED = {
     "max_steps": 8,
     "batch_size": 5,
@@ -158,9 +159,9 @@ def test_killed_in_a_step_in_evaluation_and_in_a_checkpoint(loop: str, ends, dat
 
 
 def test_killed_in_sampling_scoring_learning_and_evaluation(ends, questions, tmp_path):
-    """A kill of each kind, and each life a little further."""
-    settings = IN_AND_BETWEEN_ROLLOUTS | questions | ONLINE["ppo"] | {"recipe": "ppo"}
-    kills = [[*IN_ONLINE_EVALUATION, 2], [*IN_SAMPLING, 6], [*IN_SCORING, 3], [*IN_AN_UPDATE, 5], [*IN_A_SYNC, 12]]
+    """A kill of each kind; the checkpoint to go on from is in the middle of a rollout."""
+    settings = IN_AND_BETWEEN_ROLLOUTS | questions | ONLINE["ppo"] | ONLINE["gspo"] | {"recipe": "ppo"}
+    kills = [[*IN_SAMPLING, 6], [*IN_SCORING, 3], [*IN_AN_UPDATE, 7], [*IN_A_SYNC, 12], [*IN_ONLINE_EVALUATION, 1]]
     assert check("rl", kills, ends, settings, tmp_path) == 5
 
 
@@ -180,11 +181,12 @@ def test_killed_at_ten_random_moments(loop: str, seed: int, ends, data, pairs_fi
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("recipe", ONLINE)
-def test_online_killed_at_ten_random_moments(recipe: str, seed: int, ends, questions, tmp_path):
+def test_online_killed_at_random_moments(recipe: str, seed: int, ends, questions, tmp_path):
+    """More moments than ten: on a busy machine the run may be over before the last ones."""
     random = np.random.default_rng([seed, len(recipe)])
-    settings = IN_AND_BETWEEN_ROLLOUTS | questions | ONLINE[recipe] | {"recipe": recipe, "max_steps": 72}
-    kills: list[Any] = [float(random.uniform(0.01, 0.1)) for _ in range(5)]
-    kills += [[*ONLINE_POINTS[random.integers(len(ONLINE_POINTS))], int(random.integers(1, 3))] for _ in range(5)]
-    assert check("rl", [kills[index] for index in random.permutation(10)], ends, settings, tmp_path) == 10
+    settings = IN_AND_BETWEEN_ROLLOUTS | questions | ONLINE[recipe] | {"recipe": recipe, "max_steps": 120}
+    kills: list[Any] = [float(random.uniform(0.01, 0.08)) for _ in range(6)]
+    kills += [[*ONLINE_POINTS[random.integers(len(ONLINE_POINTS))], int(random.integers(1, 3))] for _ in range(8)]
+    assert check("rl", [kills[index] for index in random.permutation(14)], ends, settings, tmp_path) >= 10
