@@ -276,9 +276,10 @@ def out_of_memory(
     asked = sum(len(prompt) + num_completions * room for prompt, room in zip(prompts, rooms, strict=True))
     least = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
     held = min(budget, asked)
+    lower = f"--max-batch-tokens {max(least, held // 2)}" if held > least else "a smaller --max-new-tokens"
     return OutOfMemoryError(
         f"out of memory while sampling, with room for {held:,} tokens at once",
-        way_out=f"--max-batch-tokens {max(least, held // 2)}" if held > least else "a smaller --max-new-tokens",
+        way_out=f"start anew with {lower}",
     )
 
 

@@ -101,9 +101,10 @@ def rewards_fingerprint(rewards: Rewards) -> str:
         function: Any = reward.function
         if isinstance(model := getattr(function, "model", None), ScoringModel):
             digest.update((weights_fingerprint(model.scorer) + tokenizer_fingerprint(model.tokenizer)).encode())
-        elif reward.timed:
+            continue
+        if reward.timed:
             digest.update(_code_of(function))
-        elif dataclasses.is_dataclass(function):
+        if dataclasses.is_dataclass(function):
             digest.update(repr(function).encode())
     return digest.hexdigest()
 
