@@ -107,7 +107,7 @@ def sample(settings: SampleSettings) -> None:
 
 def sampling_params(settings: SampleSettings, stop_tokens: tuple[int, ...]) -> SamplingParams:
     """How completions are sampled, as ``settings`` say, ending at ``stop_tokens``."""
-    values = {field.name: getattr(settings, field.name) for field in fields(SamplingParams)}
+    values: dict[str, Any] = {field.name: getattr(settings, field.name) for field in fields(SamplingParams)}
     return SamplingParams(**values | {"stop_tokens": tuple(dict.fromkeys(stop_tokens))})
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trueup.errors import DataError, NonFiniteError, SettingsError
+from trueup.errors import DataError, NonFiniteError, OutOfMemoryError, SettingsError
 from trueup.models.load import DtypeName, context_length, embedding_rows, resolve_dtype
 from trueup.models.scorer import first_exact, plain_logprobs, plain_model
 from trueup.records import Completion, CompletionGroup, StopReason
@@ -25,6 +25,7 @@ from trueup.rollout.sampling import Sampled, sample
 from trueup.rollout.settings import SamplingParams
 from trueup.rollout.uniforms import uniforms
 from trueup.rollout.weights import copy_weights, sampling_copy
+from trueup.runs.memory import is_out_of_memory
 
 CACHE_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}
 """Memory for keys and values, if ``max_batch_tokens`` is not given."""
@@ -94,14 +95,29 @@ class TorchEngine:
 
         Raises ``DataError`` for a prompt that is empty, that has tokens which the model doesn't know, or that leaves no
         room in the model's context, ``SettingsError`` for stop strings without a tokenizer, stop tokens that the model
-        doesn't know, or a completion that ``max_batch_tokens`` has no room for, and ``NonFiniteError`` for logits from
-        which nothing can be sampled.
+        doesn't know, or a completion that ``max_batch_tokens`` has no room for, ``NonFiniteError`` for logits from
+        which nothing can be sampled, and ``OutOfMemoryError``.
         """
         prompts = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
         numbers = list(range(len(prompts)) if requests is None else requests)
         if len(numbers) != len(prompts):
             raise SettingsError(f"{len(numbers)} requests for {len(prompts)} prompts", where="requests")
         rooms = self._rooms_for(prompts, sampling)
+        try:
+            return self._generate(prompts, rooms, numbers, sampling, progress or (lambda number: None))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(self._budget(prompts, rooms), prompts, rooms, sampling.num_completions) from error
+
+    def _generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        rooms: Sequence[int],
+        numbers: Sequence[int],
+        sampling: SamplingParams,
+        progress: Callable[[int], object],
+    ) -> list[CompletionGroup]:
         stop = StopRule(sampling, self.tokenizer)
         budget = self._budget(prompts, rooms)
         waiting = deque(self._orders(prompts, rooms, sampling.num_completions, budget))
@@ -124,8 +140,7 @@ class TorchEngine:
             rows = np.concatenate([rows for _, rows in running])
             sampled = self._sample(torch.cat(states), lines.draw(rows), sampling, seen)
             lines.write(rows, sampled)
-            if progress is not None:
-                progress(len(rows))
+            progress(len(rows))
             tokens = sampled.tokens
             if seen is not None:
                 seen.scatter_(1, tokens[:, None], True)
@@ -251,6 +266,20 @@ def _prepare_decoder(model: Any) -> Decoder:
         )
     model.config._attn_implementation = attention
     return candidate(model)
+
+
+def out_of_memory(
+    budget: int, prompts: Sequence[np.ndarray], rooms: Sequence[int], num_completions: int
+) -> OutOfMemoryError:
+    """The message: half of the keys and values that there was room for, and of those that were asked for."""
+    asked = sum(len(prompt) + num_completions * room for prompt, room in zip(prompts, rooms, strict=True))
+    least = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
+    held = min(budget, asked)
+    lower = f"--max-batch-tokens {max(least, held // 2)}" if held > least else "a smaller --max-new-tokens"
+    return OutOfMemoryError(
+        f"out of memory while sampling, with room for {held:,} tokens at once",
+        way_out=f"start anew with {lower}",
+    )
 
 
 def cache_bytes_per_token(model: Any) -> int:
