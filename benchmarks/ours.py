@@ -153,9 +153,7 @@ def replay(args: argparse.Namespace, output: Path) -> None:
         ]
         x = new_experience(found, torch.tensor(step.scores), mask_truncated=False, device=players.device)
         if players.reference is not None:
-            x = replace(
-                x, ref_logprobs=said_by(players.ref_logprobs, x, range(len(found)), settings.tokens_per_batch)
-            )
+            x = replace(x, ref_logprobs=said_by(players.ref_logprobs, x, range(len(found)), settings.tokens_per_batch))
         x = replace(x, advantages=algorithm.advantages(x, settings))
         tally = learn(x, range(len(found)), settings, algorithm, players, moving)
         grad_norm, _ = stepper.step(number)
@@ -164,9 +162,7 @@ def replay(args: argparse.Namespace, output: Path) -> None:
 
 def emit_step(line: Mapping[str, Any], seconds: float, **more: Any) -> None:
     with contextlib.redirect_stdout(sys.__stdout__):
-        protocol.emit(
-            step=line["step"] - 1, loss=line["loss"], grad_norm=line["grad_norm"], seconds=seconds, **more
-        )
+        protocol.emit(step=line["step"] - 1, loss=line["loss"], grad_norm=line["grad_norm"], seconds=seconds, **more)
 
 
 def main() -> None:

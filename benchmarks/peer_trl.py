@@ -1,7 +1,8 @@
 """The peer's side: the same steps with TRL's own trainers, in TRL's environment.
 
 Nothing of a trainer is replaced but what would tokenise: the ids are given. Everything else is an option of TRL. Of
-``GRPOTrainer`` two methods are timed, and its list of end tokens is emptied: completions are exactly as long as asked for.
+``GRPOTrainer`` two methods are timed, and its end token is one that is never sampled, so that all completions are of one
+length.
 """
 
 from __future__ import annotations
@@ -167,6 +168,7 @@ def common_options(args: argparse.Namespace, folder: str, batch_size: int) -> di
 def online_trainer(args: argparse.Namespace, folder: str) -> TimedGRPOTrainer:
     """GRPO as published: one ratio per token, a mean per completion, group's standard deviation, k3 not weighted."""
     case = protocol.CASES[args.case]
+    never_sampled = [case.vocabulary]  # None would be replaced by the model's own end token
     model = AutoModelForCausalLM.from_pretrained(
         args.work.policy, dtype=getattr(torch, args.weights), attn_implementation=args.attention
     )
@@ -185,7 +187,7 @@ def online_trainer(args: argparse.Namespace, folder: str) -> TimedGRPOTrainer:
             loss_type="grpo",
             scale_rewards="group",
             temperature=1.0,
-            generation_kwargs={"eos_token_id": None},
+            generation_kwargs={"eos_token_id": never_sampled},
             cache_implementation=args.cache,
             shuffle_dataset=False,
             **common_options(args, folder, case.num_completions),
@@ -193,7 +195,7 @@ def online_trainer(args: argparse.Namespace, folder: str) -> TimedGRPOTrainer:
         train_dataset=Dataset.from_list([{"prompt": protocol.as_text(prompt)} for prompt in case.prompts()]),
         processing_class=AutoTokenizer.from_pretrained(args.work.policy),
         steps_file=args.steps_file,
-        end_token_ids=[case.vocabulary],
+        end_token_ids=never_sampled,
     )
 
 

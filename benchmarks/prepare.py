@@ -55,7 +55,9 @@ def case_tokenizer(case: protocol.Case) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=protocol.word(0), eos_token=protocol.word(case.end_token)
+        tokenizer_object=tokenizer,
+        pad_token=protocol.word(case.padding_token),
+        eos_token=protocol.word(case.end_token),
     )
 
 
@@ -83,6 +85,10 @@ def model_config(tokenizer: Any, num_heads: int = 6) -> LlamaConfig:
 
 def write_models(work: protocol.Work, tokenizer: Any, num_heads: int = 6, *, online: bool = False) -> None:
     config = model_config(tokenizer, num_heads)
+    if online:
+        # The padding token is sampled like any other. As the model's it would be a row of zeros that transformers does
+        # not train and trueup does; and the norm of a layer multiplies the gradient of zeros by 1,000.
+        config.pad_token_id = None
     language_models = [(work.policy, LlamaForCausalLM, SEED), (work.reference, LlamaForCausalLM, SEED + 1)]
     reward_models = [] if online else [(work.reward_model, LlamaForSequenceClassification, SEED)]
     for folder, architecture, seed in language_models + reward_models:
@@ -138,7 +144,9 @@ def padded_length(group: CompletionGroup) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=lambda text: protocol.Work(folder=Path(text)), required=True)
-    parser.add_argument("--cases", nargs="+", choices=tuple(protocol.CASES), help="models of these online cases, no pairs")
+    parser.add_argument(
+        "--cases", nargs="+", choices=tuple(protocol.CASES), help="models of these online cases, no pairs"
+    )
     parser.add_argument("--heads", type=int, default=9, help="of the models of the online cases")
     parser.add_argument("--num-steps", type=int)
     parser.add_argument("--batch-size", type=int)

@@ -57,15 +57,19 @@ class Case:
 
     @property
     def end_token(self) -> int:
-        """The last of the vocabulary. No side stops at it."""
+        """No side stops at it."""
         return self.vocabulary - 1
+
+    @property
+    def padding_token(self) -> int:
+        return self.vocabulary - 2
 
     def prompts(self, number: int = 0) -> list[list[int]]:
         """The prompts of rollout ``number``; no two share a beginning that could be kept from one to the next."""
         draw = random.Random(number)
         steps = max(1, self.num_prompts - 1)
         lengths = [self.shortest + (self.longest - self.shortest) * i // steps for i in range(self.num_prompts)]
-        return [[draw.randrange(self.end_token) for _ in range(length)] for length in lengths]
+        return [[draw.randrange(self.padding_token) for _ in range(length)] for length in lengths]
 
 
 CASES = {
@@ -163,7 +167,9 @@ def side_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("objective", choices=OBJECTIVES)
     parser.add_argument("--work", type=lambda text: Work(folder=Path(text)), required=True)
     parser.add_argument("--num-steps", type=int, required=True, help="optimiser steps, the warm-up ones inside")
-    parser.add_argument("--batch-size", type=int, help="pairs (or rows) of one optimiser step; of GRPO the case says it")
+    parser.add_argument(
+        "--batch-size", type=int, help="pairs (or rows) of one optimiser step; of GRPO the case says it"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--case", choices=tuple(CASES), help="GRPO only: what is sampled")
