@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,3 +133,26 @@ def compare(ours: Sequence[Run], peer: Sequence[Run], *, warmup_steps: int) -> C
         ours_peak_mib=max(run.peak_mib for run in ours),
         peer_peak_mib=max(run.peak_mib for run in peer),
     )
+
+
+class Writing(NamedTuple):
+    """Tokens that one side wrote, and the log-prob of each."""
+
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+
+
+def written_apart(ours: Sequence[Writing], theirs: Sequence[Writing]) -> float:
+    """The largest difference of a log-prob between two sides' most likely completions of the same prompts.
+
+    A row is compared up to the first token in which it differs, that one included: if two tokens are equally likely
+    either may be written, with the same log-prob, and what follows is of two texts. Raises ``ValueError`` where rows
+    are missing or of other lengths.
+    """
+    differences = [0.0]
+    for a, b in zip(ours, theirs, strict=True):
+        for token, other, logprob, other_logprob in zip(a.tokens, b.tokens, a.logprobs, b.logprobs, strict=True):
+            differences.append(abs(logprob - other_logprob))
+            if token != other:
+                break
+    return _largest(differences)

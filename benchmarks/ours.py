@@ -19,8 +19,8 @@ import torch
 
 from trueup.cli.memory import keep_freed_memory
 from trueup.models.scorer import prepare_scorer
-from trueup.records import Completion, CompletionGroup, StopReason
 from trueup.recipes import policy_defaults, recipe_named
+from trueup.records import Completion, CompletionGroup, StopReason
 from trueup.runs.folder import RunFolder, read_metrics
 from trueup.trainers.experience import new_experience, said_by
 from trueup.trainers.players import load_players

@@ -1,8 +1,8 @@
 """The peer's side: the same steps with TRL's own trainers, in TRL's environment.
 
 Nothing of a trainer is replaced but what would tokenise: the ids are given. Everything else is an option of TRL. Of
-``GRPOTrainer`` two methods are timed, and its end token is one that is never sampled, so that all completions are of one
-length.
+``GRPOTrainer`` two methods are timed, and its end token is one that is never sampled, so that completions are equally
+long.
 """
 
 from __future__ import annotations

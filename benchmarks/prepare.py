@@ -144,9 +144,7 @@ def padded_length(group: CompletionGroup) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=lambda text: protocol.Work(folder=Path(text)), required=True)
-    parser.add_argument(
-        "--cases", nargs="+", choices=tuple(protocol.CASES), help="models of these online cases, no pairs"
-    )
+    parser.add_argument("--cases", nargs="+", choices=tuple(protocol.CASES), help="their models, and no pairs")
     parser.add_argument("--heads", type=int, default=9, help="of the models of the online cases")
     parser.add_argument("--num-steps", type=int)
     parser.add_argument("--batch-size", type=int)

@@ -4,8 +4,8 @@ Only the standard library, so that it imports in either environment and in neith
 
 A side is called as ``python SIDE.py OBJECTIVE --work FOLDER …`` and prints one JSON object a line: for every optimiser
 step ``{"step", "loss", "grad_norm", "seconds"}`` (of GRPO also ``"parts"``, how the seconds are divided), and last
-``{"imported_mib", "peak_mib"}``. A side of the rollout benchmark prints ``{"repetition", "tokens", "seconds"}`` for every
-repetition in place of the steps.
+``{"imported_mib", "peak_mib"}``. A side of the rollout benchmark prints ``{"tokens", "seconds"}`` for every rollout in
+place of the steps.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def transformers(args: argparse.Namespace, case: protocol.Case) -> tuple[Sample,
 
 
 def vllm(args: argparse.Namespace, case: protocol.Case) -> tuple[Sample, Greedy]:
-    """vLLM on ids, without tokenizer and text; prefix caching on. ``run_environment`` in rollout.py has its variables."""
+    """vLLM on ids, without tokenizer and text; prefix caching on. Its variables: ``side_environment`` in rollout.py."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(

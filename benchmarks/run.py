@@ -1,6 +1,7 @@
 """One training step of DPO, SFT, a reward model or GRPO: TRL and ``trueup`` in turn, on the same model and data.
 
-``make bench`` runs it with no options, ``make bench-grpo`` for GRPO. It needs no package: each side runs in a process and an environment of its own.
+``make bench`` runs it with no options, ``make bench-grpo`` for GRPO. It needs no package: each side runs in a process
+and an environment of its own.
 """
 
 from __future__ import annotations
@@ -94,16 +95,23 @@ def peer_python() -> Path:
     transformers. ``$TORCH_INDEX`` names another index for PyTorch alone, as in the Makefile.
     """
     given = os.environ.get("TRUEUP_BENCH_PEER_PYTHON")
-    if given:
-        return Path(given)
-    python, installed = PEER_ENVIRONMENT / "bin" / "python", PEER_ENVIRONMENT / ".installed"
+    shared = ("-c", str(ROOT / "constraints.txt"))
+    return Path(given) if given else made_environment(PEER_ENVIRONMENT, (*shared, "-r", HERE / "peer-requirements.txt"))
+
+
+def made_environment(folder: Path, *installs: Sequence[str | Path]) -> Path:
+    """The Python of a virtual environment, made on first use: ``pip install`` with each of ``installs``, in turn.
+
+    With ``$TORCH_INDEX`` PyTorch comes first, from there.
+    """
+    python, installed = folder / "bin" / "python", folder / ".installed"
     if not installed.exists():
-        say(f"installing TRL into {PEER_ENVIRONMENT}")
-        subprocess.run([sys.executable, "-m", "venv", PEER_ENVIRONMENT], check=True)
-        install = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt"]
+        say(f"installing into {folder}")
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         if index := os.environ.get("TORCH_INDEX"):
-            subprocess.run([*install, "torch", "--index-url", index], check=True)
-        subprocess.run([*install, "-r", HERE / "peer-requirements.txt"], check=True)
+            installs = (("-c", ROOT / "constraints.txt", "torch", "--index-url", index), *installs)
+        for arguments in installs:
+            subprocess.run([python, "-m", "pip", "install", "-q", *arguments], check=True)
         installed.touch()
     return python
 
