@@ -32,10 +32,9 @@ PEER_ENVIRONMENT = ROOT / ".venv-trl"
 TOLERANCES = {
     # A sequence log-prob of some hundred nats carries a rounding error of 1e-5 to 1e-4; DPO takes β = 0.1 of it.
     "float32": Tolerance(loss=3e-5, grad_norm=1e-4),
-    # The peer multiplies in bfloat16 under autocast and keeps the rest in float32; trueup computes all of the model in
-    # bfloat16, the sums of its layers as well. A relative error of 2⁻⁹ at every operation leaves about two digits in
-    # common: DPO's loss of 16 pairs was seen 1.6 % apart (trueup 1.5 % from float32, TRL 0.1 %).
-    "bfloat16": Tolerance(loss=2e-2, grad_norm=5e-2),
+    # Both multiply in bfloat16 and add layers up in float32; norms' outputs and activations differ in where they are
+    # rounded. Seen over four steps: DPO's loss of 16 pairs 0.2 % apart, gradient norms 0.5 %.
+    "bfloat16": Tolerance(loss=5e-3, grad_norm=2e-2),
 }
 
 # glibc gives blocks above a threshold back to the kernel and gets them again, zeroed page by page, at the next step.

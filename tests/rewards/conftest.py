@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from trueup.errors import RewardError
 from trueup.models.adapters import merge_and_save
 from trueup.models.heads import load_reward_model
 from trueup.models.scratch import make_model
 from trueup.rewards.samples import Samples
+from trueup.rewards.sandbox.run import check_confinement
 
 LETTERS = "0123456789+= abcdefghijklmnopqrstuvwxyzHA:?"
 
@@ -43,6 +45,17 @@ def pairs() -> list[dict[str, str]]:
         for b in range(1, 6)
         if (5 * a + b) % 7 > 1
     ]
+
+
+@pytest.fixture(scope="session")
+def confinement() -> None:
+    """Skips where there are no user namespaces. A limit that doesn't hold is no reason to skip."""
+    try:
+        check_confinement()
+    except RewardError as error:
+        if "namespaces" not in error.what:
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.fixture

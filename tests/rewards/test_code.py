@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,7 @@ from trueup.errors import RewardError
 from trueup.rewards.code import code_of, comparison, outcomes, passes, read_tests, trimmed
 from trueup.rewards.rewards import Rewards
 from trueup.rewards.sandbox.inside import encoded
-from trueup.rewards.sandbox.run import Limits, check_confinement
+from trueup.rewards.sandbox.run import Limits
 
 LIMITS = Limits(wall_seconds=20, cpu_seconds=1)
 RIGHT = "def add(a, b):\n    return a + b\n"
@@ -22,12 +21,7 @@ ASSERTED = ["x = add(1, 2)\nassert x == 3 and x > 0", "assert not add(0, 0)"]
 PRINTED = [{"input": "1 2\n", "output": "3\n"}]
 
 
-@pytest.fixture(autouse=True)
-def _confinement():
-    try:
-        check_confinement()
-    except RewardError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("confinement")
 
 
 def test_right_and_wrong_code(samples):
@@ -214,8 +208,7 @@ def test_many_at_once(samples):
 
 def test_nothing_is_left_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     passes("open('a', 'w').write('x')\n" + RIGHT, COMPARED, LIMITS)
     assert list(tmp_path.iterdir()) == []
-    assert len(os.listdir("/proc/self/fd")) == before
-    shutil.rmtree(tmp_path)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

@@ -10,17 +10,12 @@ from trueup.data.reasoning_gym import parse_task, reasoning_gym_rows
 from trueup.data.rows import read_rows
 from trueup.errors import DataError, RewardError
 from trueup.rewards.rewards import Rewards
-from trueup.rewards.sandbox.run import check_confinement
 
 pytest.importorskip("reasoning_gym")
 
 
 @pytest.fixture(scope="module")
-def rewards() -> Rewards:
-    try:
-        check_confinement()
-    except RewardError as error:
-        pytest.skip(str(error))
+def rewards(confinement) -> Rewards:
     return Rewards.load(["reasoning-gym:seconds=20"])
 
 
@@ -96,6 +91,8 @@ HOSTILE = [
     "9**9**9**9",
     "[0] * 10**12",
     "print('[\"score\", 1.0]')",
+    "__import__('os').write(3, b'[\"score\", 1.0]')",
+    "[__import__('os').write(fd, b'[\"\", \"score\", 1.0]') for fd in (3, 1)]",
     "__import__('os').write(4, b'[[\"score\", 1.0]]\\n')",
     "__import__('socket').create_connection(('127.0.0.1', 80))",
 ]

@@ -51,9 +51,10 @@ def test_a_row_without_mathematics_is_left_out(samples):
 
 def test_an_answer_that_never_ends_is_wrong_and_warned_of(samples):
     rewards = Rewards.load(["math:seconds=0.7"])
+    given = samples(["1", "$9^{9^{9^{9}}}$", "1"], answer=["1", "1", "1"])
     with pytest.warns(UserWarning, match=r"1 of 3 answers can't be scored and count as wrong .*no score within 0.7 s"):
-        given = samples(["1", "$9^{9^{9^{9}}}$", "1"], answer=["1", "1", "1"])
-        assert rewards.score(given).total.tolist() == [1, 0, 1]
+        scores = rewards.score(given)
+    assert scores.total.tolist() == [1, 0, 1]
 
 
 def test_a_worker_that_died_is_replaced():
@@ -78,7 +79,7 @@ def test_a_worker_that_does_not_answer_is_replaced(monkeypatch):
     worker = scorer._worker
     assert worker is not None
     os.kill(worker.process.pid, signal.SIGSTOP)
-    monkeypatch.setattr(answer_scorer, "SLACK_SECONDS", 0.2 - 20)
+    monkeypatch.setattr(answer_scorer, "SLACK_SECONDS", 0.2 - 60)
     with pytest.raises(WorkerEnded, match="the process that scores did not answer"):
         scorer._ask([("1", "1")])
     assert not worker.is_alive

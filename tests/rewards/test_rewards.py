@@ -147,6 +147,13 @@ def test_one_that_raises_is_named_with_its_sample(kind, samples):
     assert error.what.startswith("raises ZeroDivisionError: division by zero (test_rewards.py:")
 
 
+def test_an_error_of_ours_from_a_users_function_is_named_too(samples):
+    def reward(completions, **columns):
+        raise DataError("no")
+
+    assert "sample 0 (data.jsonl:1, prompt 'question 0'): raises DataError: no" in str(error_of(reward, samples(["a"])))
+
+
 def test_one_that_raises_only_for_all_together(samples):
     def reward(completions, **columns):
         if len(completions) > 1:

@@ -18,12 +18,7 @@ from trueup.rewards.sandbox.run import MEBI, Limits, check_confinement, run_insi
 QUICK = Limits(wall_seconds=20, cpu_seconds=2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _confinement():
-    try:
-        check_confinement()
-    except RewardError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("confinement")
 
 
 def run(code: str, limits: Limits = QUICK, stdin: str = ""):

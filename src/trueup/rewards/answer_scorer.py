@@ -32,7 +32,7 @@ class AnswerScorer:
     """A worker (``sandbox.worker``) that is started when it is first needed, and again when it has come to an end.
 
     ``confined``: it runs where untrusted code may run, for scorers that evaluate what an answer says. Otherwise it is a
-    process like any other. Each answer has ``seconds`` and a process of its own in either case.
+    process like any other. Each answer has ``seconds`` of processor time and a process of its own in either case.
     """
 
     def __init__(self, kind: str, *, confined: bool, seconds: float) -> None:
@@ -75,7 +75,7 @@ class AnswerScorer:
         if self._worker is None or not self._worker.is_alive:
             self._worker = Worker(self.kind, confined=self.confined, at_once=self._at_once)
         message = {"requests": requests, "seconds": self.seconds, "at_once": self._at_once}
-        limit = SLACK_SECONDS + self.seconds * len(requests)
+        limit = SLACK_SECONDS + worker.PATIENCE * self.seconds * len(requests)
         return self._worker.ask(message | {"memory_bytes": MEMORY_BYTES}, limit)
 
     def _alone(self, request: Any) -> Any:

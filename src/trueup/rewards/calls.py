@@ -113,15 +113,13 @@ class Caller:
             return call()
         except Overtime as overtime:
             raise self._too_long(reward, samples, overtime) from None
-        except RewardError as error:
-            if error.sample is None:
+        except Exception as error:
+            if reward.timed or not isinstance(error, TrueupError):
+                raise self._failed(reward, samples, error) from error
+            if not isinstance(error, RewardError) or error.sample is None:
                 raise
             where = place_of(reward.name, samples, error.sample)
             raise RewardError(error.what, where=where, way_out=error.way_out) from error
-        except TrueupError:
-            raise
-        except Exception as error:
-            raise self._failed(reward, samples, error) from error
 
     def _sync(self, reward: Reward, samples: Samples) -> Any:
         if not reward.timed:

@@ -30,8 +30,8 @@ class CodeTests:
     program, and has to write ``output`` to standard output when it reads ``input`` (spaces at the ends of lines and
     empty lines at the end left out). A cell is a list of tests, or a list as JSON, or one test; None: doesn't apply.
 
-    ``seconds``: processor time of a run, and half of the time that it may take altogether; ``memory_mb``: address space
-    of each of its processes.
+    ``seconds``: processor time of a run, and a third of the time that it may take altogether; ``memory_mb``: address
+    space of each of its processes.
 
     Of a test ``assert EXPRESSION == LITERAL`` the expression alone is run, and its value compared outside: what is
     expected, there and in ``output``, is where the code can't reach it. Other tests run in the interpreter of the code,
@@ -62,7 +62,7 @@ class CodeTests:
     @property
     def _limits(self) -> Limits:
         return Limits(
-            cpu_seconds=max(1, round(self.seconds)), wall_seconds=2 * self.seconds, memory_bytes=self.memory_mb * MEBI
+            cpu_seconds=max(1, round(self.seconds)), wall_seconds=3 * self.seconds, memory_bytes=self.memory_mb * MEBI
         )
 
 

@@ -53,7 +53,9 @@ class Limits:
     """Standard output, standard error and outcomes, each."""
 
 
-PROBED = Limits(num_processes=8, memory_bytes=256 * MEBI, disk_bytes=4 * MEBI, file_bytes=MEBI, num_files=64)
+PROBED = Limits(
+    wall_seconds=60, num_processes=8, memory_bytes=256 * MEBI, disk_bytes=4 * MEBI, file_bytes=MEBI, num_files=64
+)
 """What ``check_confinement`` tries out: small, so that it is quick."""
 
 
