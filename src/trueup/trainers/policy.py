@@ -26,15 +26,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trueup.errors import SettingsError
+from trueup.errors import OutOfMemoryError, RewardError
 from trueup.objectives import policy_gradient, reduce, value
 from trueup.trainers.algorithms import Algorithm, Learned, kl_loss
 from trueup.trainers.evaluation import evaluate_policy
 from trueup.trainers.experience import Experience, Micro, passes, units
 from trueup.trainers.memory import memory_errors
 from trueup.trainers.players import Players, load_players, save_critic
+from trueup.trainers.policy_checks import check_fits, warn
 from trueup.trainers.policy_inputs import load_policy_inputs
-from trueup.trainers.policy_metrics import Alarms, learning_metrics
+from trueup.trainers.policy_metrics import Alarms, learning_metrics, not_clipped
 from trueup.trainers.policy_settings import PolicySettings
 from trueup.trainers.rollouts import Moving, mini_batch, roll_out
 from trueup.trainers.session import RunResult, guarded, open_session
@@ -100,10 +101,19 @@ def train_policy(
 
     def save_models(folder: Path) -> None:
         save_trained(policy, tokenizer, folder)
-        save_critic(players, folder)
+        save_critic(players, tokenizer, folder)
+
+    def rolled_out(step: int) -> tuple[Experience, dict[str, float]]:
+        try:
+            return roll_out(step // settings.steps_per_rollout, settings, algorithm, players, inputs, moving, progress)
+        except (RewardError, OutOfMemoryError):
+            if step > start:  # what was learned is not lost for a reward that fails
+                save(step)
+            raise
 
     start, counters = session.restore(stepper, {**inputs.fingerprints, **players.fingerprints}, take_over)
     players.take_policy_to_engine()
+    warn(settings, inputs.num_steps, session.say)
     open_critic = closing(critic) if critic else nullcontext()
     with closing(stepper), open_critic, session.running(start, inputs.num_steps) as progress:
         if start == 0:
@@ -111,7 +121,7 @@ def train_policy(
         for step in range(start, inputs.num_steps):
             number, inner = divmod(step, settings.steps_per_rollout)
             if inner == 0:
-                x, metrics = roll_out(number, settings, algorithm, players, inputs, moving, progress)
+                x, metrics = rolled_out(step)
                 for alarm in alarms.heard(metrics):
                     progress.say(alarm)
             assert x is not None
@@ -124,9 +134,11 @@ def train_policy(
                 moving.stopped = learned.get("approx_kl", 0.0) > (settings.target_kl or math.inf)
                 moves = math.isfinite(tally.loss) and not moving.stopped
                 grad_norm, learning_rate = stepper.step(step) if moves and not only_critic else stepper.skip()
+                norms = [] if only_critic else [grad_norm]
                 if critic:
                     learned["critic_grad_norm"], _ = critic.step(step) if moves else critic.skip()
-                broken = not moving.stopped and not only_critic and not math.isfinite(grad_norm)
+                    norms.append(learned["critic_grad_norm"])
+                broken = not moving.stopped and not all(map(math.isfinite, norms))
                 seconds = time.perf_counter() - began
                 counters.num_tokens += tally.tokens
                 counters.skipped_steps += broken
@@ -141,14 +153,16 @@ def train_policy(
                     "tokens_per_second": tally.tokens / seconds,
                 }
                 session.log(metrics, step + 1)
-                shown = {"reward": x.scores.mean().item(), "loss": tally.loss}
+                shown = {name: metrics[name] for name in ("reward", "loss") if name in metrics}
                 progress.step(num_tokens=tally.tokens, metrics=shown)
                 if broken:
                     session.skipped([x.groups[index] for index in chosen], step + 1, counters)
+                if moving.stopped or inner + 1 == settings.steps_per_rollout:
+                    adapt(settings, moving, metrics)
             else:
                 progress.step()
             if inner + 1 == settings.steps_per_rollout:
-                end_rollout(number, settings, players, moving, metrics)
+                end_rollout(number, settings, players)
             session.after_step(step + 1, inputs.num_steps, evaluate=evaluate, save=save)
             metrics = {}
     return session.result(evaluated)
@@ -171,11 +185,10 @@ def learn(
     rows = [index * x.group_size + k for index in chosen for k in range(x.group_size)]
     totals = Totals(groups=len(chosen), completions=len(rows), tokens=int(x.learned[rows].sum()))
     tally = Tally()
+    wanted = taking_part(x, settings, algorithm)
     limit = sum(x.groups[index].num_tokens for index in chosen) if algorithm.whole_groups else settings.tokens_per_batch
-    for micro in passes(
-        units(x, chosen, taking_part(x, settings, algorithm), limit), settings.tokens_per_batch, players.device
-    ):
-        with memory_errors(settings, micro.groups):
+    for micro in passes(units(x, chosen, wanted, limit), settings.tokens_per_batch, players.device):
+        with memory_errors(settings, micro.groups, divisible=not algorithm.whole_groups):
             share, metrics = x.rewards.new_zeros(()), {}
             if not only_critic:
                 share, metrics = policy_loss(x, micro, totals, settings, algorithm, players, moving)
@@ -185,6 +198,8 @@ def learn(
                 regression.backward()
                 metrics |= explained
         tally.add(share, metrics, tokens=len(micro.batch.tokens), groups=micro.groups)
+    left_out = [row for row in rows if not wanted[row]]
+    tally.add(x.rewards.new_zeros(()), not_clipped(x, left_out, whole_ratio=algorithm.whole_ratio), tokens=0)
     return tally
 
 
@@ -223,12 +238,13 @@ def policy_loss(
     learned = Learned(
         logprobs=logprobs,
         old_logprobs=old,
-        advantages=rows(x.advantages) * importance(old - sampler, settings),
+        advantages=torch.where(rows(x.learned), rows(x.advantages) * importance(old - sampler, settings), 0.0),
         mask=rows(x.learned),
         group_size=x.group_size,
         ref_logprobs=None if x.ref_logprobs is None else rows(x.ref_logprobs),
         entropy=None if said.entropy is None else micro.batch.rows(said.entropy),
         penalty_coef=moving.penalty_coef,
+        whole_ratio=algorithm.whole_ratio,
     )
     loss = algorithm.reduce(algorithm.surrogate(learned, settings), learned.mask, totals, settings)
     metrics = learning_metrics(learned, sampler, settings)
@@ -268,17 +284,20 @@ def critic_loss(
 # --- between rollouts
 
 
-def end_rollout(
-    number: int, settings: PolicySettings, players: Players, moving: Moving, metrics: Mapping[str, float]
-) -> None:
-    """The engine samples from the new policy; coefficients move; the reference too, where it is time."""
-    players.take_policy_to_engine()
-    if settings.kl_target is not None and "objective/kl" in metrics:
-        moving.kl_coef = policy_gradient.adapt_kl_leash(moving.kl_coef, metrics["objective/kl"], settings.kl_target)
-    if settings.penalty_target is not None and "approx_kl" in metrics:
+def adapt(settings: PolicySettings, moving: Moving, metrics: Mapping[str, float]) -> None:
+    """The controllers' turn, after the last step that was made on a rollout: ``metrics`` are of that step."""
+    known = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    if settings.kl_target is not None and "objective/kl" in known:
+        moving.kl_coef = policy_gradient.adapt_kl_leash(moving.kl_coef, known["objective/kl"], settings.kl_target)
+    if settings.penalty_target is not None and "approx_kl" in known:
         moving.penalty_coef = policy_gradient.adapt_kl_penalty(
-            moving.penalty_coef, metrics["approx_kl"], settings.penalty_target
+            moving.penalty_coef, known["approx_kl"], settings.penalty_target
         )
+
+
+def end_rollout(number: int, settings: PolicySettings, players: Players) -> None:
+    """The engine samples from the new policy, which becomes the reference too where it is time."""
+    players.take_policy_to_engine()
     if settings.reference_every and (number + 1) % settings.reference_every == 0:
         players.take_policy_to_reference()
 
@@ -289,21 +308,3 @@ def critic_stepper(players: Players, settings: PolicySettings, num_steps: int) -
         return None
     rate = settings.critic_learning_rate or settings.learning_rate
     return Stepper(players.critic, replace(settings, learning_rate=rate), num_steps)
-
-
-def check_fits(settings: PolicySettings, algorithm: Algorithm) -> None:
-    """Raise ``SettingsError`` for settings that this algorithm can't follow."""
-    if settings.group_size < algorithm.smallest_group:
-        raise SettingsError(
-            f"recipe {settings.recipe} compares at least {algorithm.smallest_group} completions of a prompt",
-            where="--group-size",
-            way_out=f"--group-size {algorithm.smallest_group} or more",
-        )
-    if settings.truncated_completions == "bootstrapped" and not algorithm.critic:
-        raise SettingsError(
-            "only a critic can say what a completion that was cut off would still have earned",
-            where="--truncated-completions",
-            way_out="take a recipe with a critic (ppo), or terminal or masked",
-        )
-    if algorithm.reference and settings.kl_coef == 0:
-        raise SettingsError(f"recipe {settings.recipe} needs a β above 0", where="--kl-coef")
