@@ -887,7 +887,8 @@ def _(home: Home) -> list[str]:
 
 
 @fault(
-    "no memory to sample", r"out of memory while sampling, with room for 48 tokens at once\n  → start anew with --max-batch-tokens 24"
+    "no memory to sample",
+    r"out of memory while sampling, with room for 48 tokens at once\n  → start anew with --max-batch-tokens 24",
 )
 def _(home: Home) -> list[str]:
     home.patch.setattr("trueup.rollout.torch_engine.TorchEngine._sample", no_memory)
