@@ -129,7 +129,7 @@ RECIPES: dict[str, Recipe] = {
         advantages="process_normalized",
         surrogate="clipped",
         reduce="sequence_mean",
-        traits={"smallest_group": 2, "kl_in_reward": False},
+        traits={"smallest_group": 2, "steps": True, "kl_in_reward": False},
         settings=GRPO,
     ),
     "dr_grpo": Recipe(

@@ -29,7 +29,7 @@ def default_of(field: Field, preset: Any) -> str:
 def flags_of(name: str) -> list[str]:
     command = COMMANDS[name]
     module = import_module(command.module)
-    preset = getattr(module, command.defaults)() if command.defaults else None
+    preset = getattr(module, command.defaults)([]) if command.defaults else None
     return [
         f"{name} --{field.name.replace('_', '-')}: {field.type} = {default_of(field, preset)}"
         for field in fields(getattr(module, command.settings))

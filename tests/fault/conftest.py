@@ -30,6 +30,21 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory, pairs: list[dict[str, A
     return write_rows(tmp_path_factory.mktemp("data") / "pairs.jsonl", pairs)
 
 
+@pytest.fixture(scope="session")
+def questions_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts with answers, and beside them ``closeness.py``, a reward that differs nearly everywhere."""
+    folder = tmp_path_factory.mktemp("questions")
+    (folder / "closeness.py").write_text(CLOSENESS)
+    rows = ({"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(6))
+    return write_rows(folder / "questions.jsonl", rows)
+
+
+CLOSENESS = """
+def closeness(completions, answer, **columns):
+    return [sum(map(str.__eq__, said, right)) - len(said) / 8 for said, right in zip(completions, answer)]
+"""
+
+
 def write_rows(path: Path, rows: Iterable[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -1,7 +1,9 @@
 """Every mistake ends in one message that says where and what to do, exit code 2, and nothing lost or half-written.
 
 Each case is made in a folder of its own that holds a tiny model (``model``), pairs (``pairs.jsonl``), held-out pairs
-(``held.jsonl``) and a run that was killed after its second checkpoint (``half``); the command runs inside it.
+(``held.jsonl``) and a run that was killed after its second checkpoint (``half``); and for online learning questions
+with answers (``asked.jsonl``, held out: ``exam.jsonl``), a reward (``closeness.py``) and a run that was killed after
+its third checkpoint, in the middle of its second rollout (``online``). The command runs inside it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +32,51 @@ from transformers import AutoTokenizer
 
 from trueup.cli.main import main
 from trueup.errors import CheckpointError
+from trueup.models.adapters import merge_and_save
+from trueup.models.heads import load_reward_model
 from trueup.models.scratch import make_model
+from trueup.rewards.calls import Reward
+from trueup.rollout.torch_engine import TorchEngine
 from trueup.runs.checkpoint import check_checkpoint
+from trueup.runs.folder import read_lines
 from trueup.runs.settings import values_from_yaml
+from trueup.runs.trackers import TRACKERS
+from trueup.trainers import evaluation, policy
 
 HALF = ["--output", "half", "--batch-size", "4", "--num-epochs", "2", "--save-every", "1", "--keep-checkpoints", "9"]
 HALF += ["--eval-data", "held.jsonl", "--learning-rate", "1e-2", "--num-samples", "2", "--sample-tokens", "4"]
+
+ONLINE = ["--reward", "closeness.py:closeness", "--max-new-tokens", "4", "--batch-size", "4", "--group-size", "2"]
+HALF_ONLINE = ["--model", "model", "--data", "asked.jsonl", *ONLINE, "--output", "online", "--num-mini-batches", "2"]
+HALF_ONLINE += ["--max-steps", "6", "--save-every", "1", "--keep-checkpoints", "9", "--num-samples", "1"]
+HALF_ONLINE += ["--eval-data", "exam.jsonl", "--learning-rate", "1e-2"]
+
+CLOSENESS = """
+from pathlib import Path
+
+def closeness(completions, answer, **columns):
+    if Path("broken").exists():
+        raise OSError("the disk with the answers is gone")
+    return [sum(map(str.__eq__, said, right)) - len(said) / 8 for said, right in zip(completions, answer)]
+
+def wrong_length(completions, **columns):
+    return [0.0]
+
+def not_finite(completions, **columns):
+    return [float("nan")] * len(completions)
+
+def hanging(completions, **columns):
+    __import__("time").sleep(60)
+
+def silent(completions, **columns):
+    return [None] * len(completions)
+
+def dividing(completions, **columns):
+    return [1 / 0 for _ in completions]
+
+def wordy(completions, **columns):
+    return ["good"] * len(completions)
+"""
 
 
 @dataclass
@@ -68,6 +110,16 @@ def on(command: str, data: str | None = "pairs.jsonl", model: str | None = "mode
 
 def resumed(*flags: str) -> list[str]:
     return ["sft", "--model", "model", "--data", "pairs.jsonl", *HALF, "--resume", "auto", *flags]
+
+
+def online(*flags: str, command: str = "grpo") -> list[str]:
+    """A short run of the online loop, into ``out``; later flags override."""
+    data = ["--model", "model", "--data", "asked.jsonl", *ONLINE]
+    return [*command.split(), *data, "--output", "out", "--max-steps", "2", *flags]
+
+
+def resumed_online(*flags: str, command: str = "grpo") -> list[str]:
+    return [command, *HALF_ONLINE, "--resume", "auto", *flags]
 
 
 Make = Callable[[Home], list[str]]
@@ -530,10 +582,10 @@ def _(home: Home) -> list[str]:
 
 
 class FullFile(type(Path())):
-    """``metrics.jsonl`` on a disk that is full."""
+    """A file of records on a disk that is full."""
 
-    def __new__(cls, folder: Path) -> FullFile:
-        return super().__new__(cls, folder / "metrics.jsonl")
+    def __new__(cls, folder: Path, name: str = "metrics") -> FullFile:
+        return super().__new__(cls, folder / f"{name}.jsonl")
 
     def open(self, *_: Any, **__: Any) -> Any:
         full_disk()
@@ -633,6 +685,292 @@ def _(home: Home) -> list[str]:
     return resumed()
 
 
+# ------------------------------------------------------------------------------------------------ online learning
+
+
+def online_setting(name: str, message: str, *flags: str, command: str = "grpo") -> None:
+    """A case that is nothing but flags."""
+    fault(name, message)(lambda home: online(*flags, command=command))
+
+
+online_setting(
+    "no such recipe", r"--recipe: there is no recipe 'dr_gpro'\n  → did you mean dr_grpo", command="rl --recipe dr_gpro"
+)
+online_setting(
+    "a recipe unlike any", r"there is no recipe 'zzz'\n  → one of reinforce, rloo, .*grpo", command="rl --recipe zzz"
+)
+online_setting(
+    "two recipes at once", r"--recipe: is ppo, but the command is trueup grpo\n  → trueup rl", "--recipe", "ppo"
+)
+online_setting("a group of one", r"--group-size: recipe grpo compares at least 2 completions", "--group-size", "1")
+online_setting("nobody to bootstrap", r"--truncated-completions: only a critic", "--truncated-completions=bootstrapped")
+online_setting("a critic without use", r"--critic: has no effect without a recipe", "--critic", "model", command="rloo")
+online_setting("a clip of no values", r"--value-clip: has no effect without a recipe", "--value-clip", "0.2")
+online_setting("dpo without a leash", r"--kl-coef: .*above 0", "--kl-coef", "0", command="rl --recipe online_dpo")
+online_setting("a leash on nothing", r"--kl-target: has no effect", "--kl-target", "1", "--kl-coef", "0")
+online_setting("an offline setting", r"--sample-tokens: has no effect without an offline loop", "--sample-tokens", "9")
+online_setting("more parts than prompts", r"--num-mini-batches: 5 parts .* of 4 prompts", "--num-mini-batches", "5")
+online_setting("dropout of a policy", r"--lora-dropout: ", "--lora-rank", "2", "--lora-dropout", "0.1")
+online_setting("an adapter that moves its base", r"--reference-every: ", "--lora-rank", "2", "--reference-every", "2")
+online_setting("a critic on an adapter", r"--critic: .*\n  → --critic MODEL", "--lora-rank", "2", command="ppo")
+online_setting("greedy sampling", r"--temperature: is 0\.0, but must be above 0", "--temperature", "0", "--top-k", "5")
+online_setting("top-k below nothing", r"--top-k: -1 is out of range", "--top-k=-1")
+online_setting("top-p of nothing", r"--top-p: 0\.0 is out of range", "--top-p", "0")
+online_setting("min-p above all", r"--min-p: 1\.5 is out of range", "--min-p", "1.5")
+online_setting("sampling in no known precision", r"--rollout-dtype", "--rollout-dtype", "float16")
+online_setting("a rollout too large for its room", r"max_batch_tokens: .*\n  → \d+ or more", "--max-batch-tokens", "6")
+online_setting("answers longer than the context", r"--max-new-tokens: the model reads 128", "--max-new-tokens", "128")
+online_setting("prompts longer than the room", r"asked\.jsonl: no prompt is left", "--max-new-tokens", "125")
+online_setting("weights for other rewards", r"--reward-weights: 2 weights for 1 rewards", "--reward-weights", "1", "2")
+online_setting("a weight that is none", r"--reward-weights: \(nan,\) are not all finite", "--reward-weights", "nan")
+online_setting("no time for a reward", r"--reward-timeout: 0\.0 is out of range", "--reward-timeout", "0")
+online_setting(
+    "no such reward", r"nonsense: no such folder\n.*other rewards are exact, regex", "--reward", "./nonsense"
+)
+online_setting("no such reward file", r"--reward gone\.py: no such file", "--reward", "gone.py:f")
+online_setting(
+    "no such reward function", r"closeness\.py:f'?: has no function 'f'\n  → it has", "--reward=closeness.py:f"
+)
+online_setting(
+    "a model that is no reward", r"model: is not a reward model: it has no score head", "--reward", "./model"
+)
+online_setting("a pattern that is none", r"--reward: '\(' is no regular expression", "--reward", "regex:(")
+online_setting("no scores of steps", r"--reward: recipe grpo_process needs scores", command="rl --recipe grpo_process")
+online_setting("no such critic", r"gone: no such folder", "--critic", "./gone", command="ppo")
+
+
+def reward_fault(function: str, message: str, *flags: str) -> None:
+    """A reward of ``closeness.py`` that fails when it is called."""
+    fault(f"a reward that is {function}", message)(lambda home: online("--reward", f"closeness.py:{function}", *flags))
+
+
+reward_fault("dividing", r"reward 'dividing', sample 0 \(.*asked\.jsonl:\d+.*\): raises ZeroDivisionError.*py:\d+")
+reward_fault("wrong_length", r"reward 'wrong_length', sample 1 .*: gives 1 scores for 8 samples\n  → return one")
+reward_fault("not_finite", r"reward 'not_finite', sample 0 .*: gives nan, not a finite number\n  → return None")
+reward_fault("wordy", r"reward 'wordy', sample 0 .*: gives str 'good', not a number")
+reward_fault("silent", r"none of the rewards applies \(silent: all None\)\n  → add a reward")
+reward_fault("hanging", r"reward 'hanging', .*did not come back within 0\.2 s, at .*\n  →", "--reward-timeout", "0.2")
+
+
+@fault("no prompts", r"--data: no prompts are given")
+def _(home: Home) -> list[str]:
+    return ["grpo", "--model", "model", *ONLINE, "--output", "out"]
+
+
+@fault("no reward", r"--reward: no reward is given\n  → --reward exact")
+def _(home: Home) -> list[str]:
+    return ["grpo", "--model", "model", "--data", "asked.jsonl", "--max-new-tokens", "4", "--output", "out"]
+
+
+@fault("a reward whose column is missing", r"exact.*'answer'|'answer'.*exact")
+def _(home: Home) -> list[str]:
+    return online("--reward", "exact", "--data", home.rows("d.jsonl", {"prompt": "1+1="}))
+
+
+@fault("a reward file that does not parse", r"bad\.py:f'?: can't be imported: SyntaxError.*\n  → mend the code")
+def _(home: Home) -> list[str]:
+    return online("--reward", home.write("bad.py", "def f(:\n") + ":f")
+
+
+@fault("rows without a prompt", r"d\.jsonl:2: ")
+def _(home: Home) -> list[str]:
+    return online("--data", home.rows("d.jsonl", {"prompt": "1+1="}, {"answer": "2"}))
+
+
+@fault("no such recipe in a file", r"--recipe: there is no recipe 'gppo'\n  → did you mean ppo")
+def _(home: Home) -> list[str]:
+    return ["rl", "--config", home.write("c.yaml", "recipe: gppo\n")]
+
+
+@fault("another verb's file", r"--recipe: is ppo, but the command is trueup grpo")
+def _(home: Home) -> list[str]:
+    return ["grpo", "--config", home.write("c.yaml", "recipe: ppo\n")]
+
+
+@fault("another recipe", r"online/config\.yaml: .*other settings \(.*recipe: grpo then, rloo now")
+def _(home: Home) -> list[str]:
+    return resumed_online(command="rloo")
+
+
+@fault("an offline run's folder", r"half/config\.yaml: this run was started with other settings")
+def _(home: Home) -> list[str]:
+    return resumed_online("--output", "half")
+
+
+@fault("a changed setting of sampling", r"other settings \(max_batch_tokens: None then, 50 now\)")
+def _(home: Home) -> list[str]:
+    return resumed_online("--max-batch-tokens", "50")
+
+
+@fault("another reward", r"other settings \(reward: \['closeness\.py:closeness'\] then, \['exact'\] now\)")
+def _(home: Home) -> list[str]:
+    return resumed_online("--reward", "exact")
+
+
+@fault("changed code of a reward", r"online: not what this run was started with: rewards\n  → bring back the rewards")
+def _(home: Home) -> list[str]:
+    home.edit("closeness.py", lambda content: content.replace(b"/ 8", b"/ 9"))
+    return resumed_online()
+
+
+@fault("changed prompts", r"online: not what this run was started with: training data\n")
+def _(home: Home) -> list[str]:
+    home.edit("asked.jsonl", lambda content: content.replace(b"0+1=", b"1+0=", 1))
+    return resumed_online()
+
+
+@fault("changed answers", r"online: not what this run was started with: training data\n")
+def _(home: Home) -> list[str]:
+    home.edit("asked.jsonl", lambda content: content.replace(b'"answer": "3"', b'"answer": "4"', 1))
+    return resumed_online()
+
+
+@fault("a changed exam", r"online: not what this run was started with: held-out data\n")
+def _(home: Home) -> list[str]:
+    home.edit("exam.jsonl", lambda content: content + b'{"prompt": "3+3=", "answer": "6"}\n')
+    return resumed_online()
+
+
+def reward_model(home: Home, name: str) -> str:
+    """A reward model of the tiny model's size."""
+    made = load_reward_model(home.path / "model", dtype="float32", seed=1)
+    merge_and_save(made.model, home.path / name)
+    made.tokenizer.save_pretrained(home.path / name)
+    return f"./{name}"
+
+
+def trained_further(home: Home, name: str) -> None:
+    path = home.path / name / "model.safetensors"
+    save_file({name: 1.01 * tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+
+
+@fault("a reward model that was trained on", r"out: not what this run was started with: rewards\n")
+def _(home: Home) -> list[str]:
+    command = online("--reward", reward_model(home, "judge"), "--resume", "auto", "--quiet")
+    assert run(command) == 0
+    trained_further(home, "judge")
+    return command
+
+
+@fault("a critic that was trained on", r"out: not what this run was started with: critic\n")
+def _(home: Home) -> list[str]:
+    command = online("--critic", reward_model(home, "judge"), "--resume", "auto", "--quiet", command="ppo")
+    assert run(command) == 0
+    trained_further(home, "judge")
+    return command
+
+
+@fault("a full disk in the middle of a rollout", r"step-000004: no room to write it; step-000003 is whole\n  → free")
+def _(home: Home) -> list[str]:
+    home.patch.setattr("trueup.runs.checkpoint.sync_tree", full_disk)
+    return resumed_online()
+
+
+@fault("a full disk at the critic", r"no room to write it; there is no checkpoint yet")
+def _(home: Home) -> list[str]:
+    home.patch.setattr("trueup.trainers.policy.save_critic", full_disk)
+    return online(command="ppo")
+
+
+@fault("a full disk at the samples", r"out/samples\.jsonl: no room to write it\n  → free some space")
+def _(home: Home) -> list[str]:
+    home.patch.setattr(
+        "trueup.runs.folder.RunFolder.samples", property(lambda folder: FullFile(folder.path, "samples"))
+    )
+    return online("--eval-data", "exam.jsonl")
+
+
+@fault("a reward that fails later", r"reward 'closeness', .*: raises OSError: the disk with the answers is gone")
+def _(home: Home) -> list[str]:
+    home.write("broken", "")
+    return resumed_online("--save-every", "99")
+
+
+@fault(
+    "no memory to sample", r"out of memory while sampling, with room for 48 tokens at once\n  → start anew with --max-batch-tokens 24"
+)
+def _(home: Home) -> list[str]:
+    home.patch.setattr("trueup.rollout.torch_engine.TorchEngine._sample", no_memory)
+    return online()
+
+
+@fault("no memory to learn", r"with (\d+) tokens in one pass\n  → go on with --resume auto and --tokens-per-batch \d+")
+def _(home: Home) -> list[str]:
+    home.patch.setattr("trueup.trainers.policy.policy_loss", no_memory)
+    return resumed_online()
+
+
+@fault("no memory for one answer", r"(?s)with \d+ tokens in one pass, all of one row.*--max-new-tokens 2")
+def _(home: Home) -> list[str]:
+    home.patch.setattr("trueup.trainers.policy.policy_loss", no_memory)
+    return online("--tokens-per-batch", "1")
+
+
+@fault("no memory for the critic", r"out: out of memory\n  → go on with --resume auto and --tokens-per-batch 2048")
+def _(home: Home) -> list[str]:
+    home.patch.setattr("trueup.trainers.rollouts.critic_values", no_memory)
+    return online(command="ppo")
+
+
+@fault("a policy's losses that are not finite", r"out/bad_batches\.jsonl: 2 steps had a loss or gradient that is not")
+def _(home: Home) -> list[str]:
+    flags = ["--learning-rate", "1e30", "--optimizer", "sgd", "--max-skipped-steps", "2", "--inner-epochs", "4"]
+    return online(*flags, "--max-steps", "4")
+
+
+@fault("a critic's losses that are not finite", r"out/bad_batches\.jsonl: 2 steps had a loss or gradient that is not")
+def _(home: Home) -> list[str]:
+    flags = ["--critic-learning-rate", "1e30", "--optimizer", "sgd", "--max-skipped-steps", "2", "--inner-epochs", "4"]
+    return online(*flags, "--max-steps", "4", "--num-mini-batches", "1", "--critic-warmup", "9", command="ppo")
+
+
+@fault("a policy that can't be sampled from", r"logits are not finite .*\n  → look at the model's weights")
+def _(home: Home) -> list[str]:
+    return online("--learning-rate", "1e30", "--optimizer", "sgd", "--max-steps", "5")
+
+
+def signal_in(home: Home, owner: Any, name: str, *numbers: int, after: int = 1) -> None:
+    """The signals arrive in the middle of the ``after``-th call of a function."""
+    called, count = getattr(owner, name), 0
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        for number in numbers if count == after else ():
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)
+        return called(*arguments, **options)
+
+    home.patch.setattr(owner, name, interrupted)
+
+
+SAMPLING = (TorchEngine, "_sample", 2)
+SCORING = (Reward, "call", 1)
+LEARNING = (policy, "learn", 1)
+EVALUATION = (evaluation, "pass_at_k_metrics", 1)
+
+
+def interrupts(name: str, place: tuple[Any, str, int], step: int) -> None:
+    """Once, once by SIGTERM, and twice. ``step``: the one that is finished before the run stops."""
+    owner, function, after = place
+    for numbers, message, code in (
+        ([signal.SIGINT], rf"interrupted after step {step}, which is saved\n  → --resume auto goes on", 130),
+        ([signal.SIGTERM], rf"interrupted after step {step}, which is saved", 143),
+        ([signal.SIGINT] * 2, r"stopped at once: --resume auto goes on from the last checkpoint", 130),
+    ):
+
+        @fault(f"{'+'.join(each.name for each in numbers)} in {name}", message, code=code)
+        def _(home: Home, numbers: list[Any] = numbers) -> list[str]:
+            signal_in(home, owner, function, *numbers, after=after)
+            return resumed_online("--save-every", "99")
+
+
+interrupts("learning", LEARNING, 4)
+interrupts("sampling", SAMPLING, 5)
+interrupts("scoring", SCORING, 5)
+interrupts("evaluation", EVALUATION, 6)
+
+
 # ------------------------------------------------------------------------------------------------------- the test
 
 
@@ -641,15 +979,19 @@ def origin(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pairs: li
     """What every case begins with."""
     folder = tmp_path_factory.mktemp("origin")
     shutil.copytree(tiny_model, folder / "model")
-    for name, rows in (("pairs.jsonl", pairs[:16]), ("held.jsonl", pairs[16:])):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [{"prompt": pair["prompt"], "answer": pair["chosen"]} for pair in pairs]
+    for name, rows in {"pairs": pairs[:16], "held": pairs[16:], "asked": asked[:16], "exam": asked[16:]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "closeness.py").write_text(CLOSENESS)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("TRUEUP_KEEP_MEMORY", "0")
         assert main(["sft", "--model", "model", "--data", "pairs.jsonl", *HALF, "--quiet"]) == 0
-    for path in (folder / "half" / "checkpoints").iterdir():
-        if path.name > "step-000002":
-            shutil.rmtree(path)
+        assert main(["grpo", *HALF_ONLINE, "--quiet"]) == 0
+    for name, last in (("half", 2), ("online", 3)):
+        for path in (folder / name / "checkpoints").iterdir():
+            if path.name > f"step-{last:06d}":
+                shutil.rmtree(path)
     return folder
 
 
@@ -687,7 +1029,8 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def whole_checkpoints(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("checkpoints/step-*") if is_whole(path)}
+    """Below ``folder``, by their paths."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("checkpoints/step-*") if is_whole(path)}
 
 
 def check_nothing_half_written(folder: Path) -> None:
@@ -701,14 +1044,14 @@ def check_nothing_half_written(folder: Path) -> None:
     for path in folder.glob("*.jsonl"):
         assert path.read_bytes().endswith(b"\n")
         assert all(json.loads(line) for line in path.read_text().splitlines())
-    assert whole_checkpoints(folder) == {path.name for path in folder.glob("checkpoints/step-*")}
+    assert whole_checkpoints(folder) == {str(path.relative_to(folder)) for path in folder.glob("checkpoints/step-*")}
 
 
 @pytest.mark.parametrize(("make", "message", "code"), FAULTS)
 def test_fault(make: Make, message: str, code: int, home: Home, capfd: pytest.CaptureFixture[str]):
     argv = make(home)
     before = contents(home.path)
-    safe = whole_checkpoints(home.path / "half")
+    safe = whole_checkpoints(home.path)
     assert run(argv) == code
     said = capfd.readouterr().err
     assert re.search(message, said), said
@@ -718,13 +1061,14 @@ def test_fault(make: Make, message: str, code: int, home: Home, capfd: pytest.Ca
     after = contents(home.path)
     changed = {name for name in before if after.get(name) != before[name]}
     # A run that was resumed writes its own records; whatever else was there is as it was.
-    assert {name for name in changed if not name.startswith("half/")} == set()
-    assert safe <= whole_checkpoints(home.path / "half")
+    assert {name for name in changed if not name.startswith(("half/", "online/", "out/"))} == set()
+    assert safe <= whole_checkpoints(home.path)
     if "out" in argv and (home.path / "out").is_dir():
         check_nothing_half_written(home.path / "out")
     if code != 2 or not changed:
         return
-    assert {name for name in changed if name.endswith(".jsonl")} <= {"half/metrics.jsonl", "half/samples.jsonl"}
+    logs = {"metrics.jsonl", "samples.jsonl"}
+    assert {Path(name).name for name in changed if name.endswith(".jsonl")} <= logs
 
 
 def test_a_refused_resume_cuts_nothing(home: Home, capfd: pytest.CaptureFixture[str]):
@@ -746,5 +1090,75 @@ def test_a_damaged_checkpoint_costs_only_its_own_steps(home: Home, origin: Path)
     assert runs[0] == runs[1]
 
 
+def test_a_reward_that_fails_costs_no_step(home: Home, origin: Path, capfd: pytest.CaptureFixture[str]):
+    """It fails in the third rollout: what the second taught is saved, and the run ends as it would have."""
+    calls = Reward.call
+
+    def failing(reward: Reward, samples: Any) -> Any:
+        home.write("broken", "")
+        return calls(reward, samples)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reward, "call", failing)
+        assert run(resumed_online("--save-every", "99")) == 2
+    assert "the disk with the answers is gone" in capfd.readouterr().err
+    assert sorted(path.name for path in home.path.glob("online/checkpoints/*"))[-1] == "step-000004"
+    (home.path / "broken").unlink()
+    assert run(resumed_online("--save-every", "99", "--quiet")) == 0
+    assert metrics_of(home.path / "online") == metrics_of(origin / "online")
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """What a run measured, times apart."""
+    return [
+        {name: value for name, value in record.items() if not name.endswith(("_seconds", "_per_second"))}
+        for record in read_lines(folder / "metrics.jsonl")
+    ]
+
+
+def test_an_interrupted_rollout_goes_on_as_if_nothing_had_been(home: Home, origin: Path):
+    signal_in(home, TorchEngine, "_sample", signal.SIGINT, after=2)
+    assert run(resumed_online("--save-every", "99", "--quiet")) == 130
+    assert run(resumed_online("--save-every", "99", "--quiet")) == 0
+    assert metrics_of(home.path / "online") == metrics_of(origin / "online")
+
+
+def test_what_may_change_changes_nothing(home: Home, origin: Path):
+    flags = ["--reward-timeout", "50", "--keep-checkpoints", "3", "--max-skipped-steps", "9"]
+    assert run(resumed_online(*flags, "--quiet")) == 0
+    assert metrics_of(home.path / "online") == metrics_of(origin / "online")
+
+
+@pytest.mark.parametrize("command", ["grpo", "rl"])
+def test_its_config_repeats_an_online_run(command: str, home: Home, origin: Path):
+    assert run([command, "--config", "online/config.yaml", "--output", "out", "--quiet"]) == 0
+    assert metrics_of(home.path / "out") == metrics_of(origin / "online")
+
+
+def test_a_tracker_that_fails_harms_no_online_run(home: Home):
+    class Broken:
+        id = None
+
+        def __init__(self, run: Any) -> None:
+            raise ConnectionError("no network")
+
+    home.patch.setitem(TRACKERS, "tensorboard", Broken)
+    home.patch.setattr("trueup.trainers.session.require_trackers", lambda names: None)
+    with pytest.warns(UserWarning, match="tensorboard is switched off, the run goes on without it"):
+        assert run(online("--tracker", "tensorboard", "--quiet")) == 0
+
+
+def test_sampling_that_cuts_tokens_off_is_warned_of(home: Home):
+    with pytest.warns(UserWarning, match=r"top_k, top_p in training: tokens that are never sampled"):
+        assert run(online("--top-k", "5", "--top-p", "0.9", "--quiet")) == 0
+
+
+def test_a_run_that_is_all_warm_up_says_so(home: Home, capfd: pytest.CaptureFixture[str]):
+    assert run(online("--warmup-steps", "2", "--critic-warmup", "2", command="ppo --num-mini-batches 1")) == 0
+    said = capfd.readouterr().out
+    assert "all 2 steps are warm-up: the peak learning rate comes after step 2" in said
+    assert "warm-up of the critic: the policy stays as it is" in said
+
+
 def test_there_are_enough_of_them():
-    assert len(FAULTS) >= 40
+    assert len(FAULTS) >= 140

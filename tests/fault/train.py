@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from trueup import preference, reward, sft
+from trueup import preference, reward, rl, sft
 
 # Imported before the forks, so that no life spends its time on it.
-LOOPS = {"sft": sft, "reward": reward, "preference": preference}
-for name in LOOPS:
+LOOPS = {"sft": sft, "reward": reward, "preference": preference, "rl": rl}
+for name in ("sft", "reward", "preference", "policy"):
     importlib.import_module(f"trueup.trainers.{name}")
 
 

@@ -14,6 +14,7 @@ import torch
 
 from trueup.models import attention
 from trueup.models.attention import TREE_ATTENTION
+from trueup.models.precision import round_parameters
 from trueup.models.scorer import prepare_reward_scorer, prepare_scorer
 from trueup.models.tree import TreeBatch, tree_batch
 
@@ -31,6 +32,7 @@ ON_PADDED_ROWS = {
     "falcon": "scores are off",  # attention of its own
     "gptj": "scores are off",  # attention of its own
 }
+CHOOSING = ("qwen3_moe", "gpt_oss", "qwen3_next")  # among experts
 REAL_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 SHAPES = [(9, (8, 5, 11)), (1, (12,)), (6, (7, 2))]
 
@@ -101,6 +103,23 @@ def test_reward_model_on_padded_rows(tiny_model, batch, family) -> None:
         scorer = prepare_reward_scorer(model)
     assert scorer.path == "padded"
     assert_same(model, batch, scorer(batch), _plain_scores(model, batch))
+
+
+@pytest.mark.parametrize("family", [*ON_THE_TREE, *ON_PADDED_ROWS])
+def test_a_bfloat16_model_has_its_residual_stream_in_float32(tiny_model, batch, family) -> None:
+    """Forward and backward, on the tree or on padded rows; experts chosen otherwise after rounding make the bound."""
+    model, truth = tiny_model(family, seed=1), tiny_model(family, seed=1)
+    round_parameters(model, torch.bfloat16)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for exact, value in zip(truth.parameters(), model.parameters(), strict=True):
+            exact.copy_(value)
+        scorer, expected = prepare_scorer(model), prepare_scorer(truth)(batch).logprobs
+    assert scorer.float32_residual
+    logprobs = scorer(batch).logprobs
+    assert 1e-5 < (logprobs - expected).square().mean().sqrt() < (0.2 if family in CHOOSING else 0.05)
+    logprobs.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def _plain_scores(model: Any, batch: TreeBatch) -> torch.Tensor:

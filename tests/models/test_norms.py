@@ -73,11 +73,37 @@ def test_gradient_is_closer_to_the_truth_than_autograd_of_the_plain_norm(dtype) 
 
 
 def test_other_norms_are_left_alone() -> None:
-    """Gemma multiplies by 1 + w; a LayerNorm is none."""
-    model = nn.Sequential(plain(kind=Gemma2RMSNorm), nn.LayerNorm(DIM))
+    """Gemma multiplies by 1 + w."""
+    model = nn.Sequential(plain(kind=Gemma2RMSNorm), nn.Linear(DIM, DIM))
     kinds = [type(module) for module in model]
     swap_norms(model)
     assert [type(module) for module in model] == kinds
+
+
+@pytest.mark.parametrize("learning", [True, False])
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, nn.LayerNorm])
+def test_a_float32_stream_beside_bfloat16_weights_is_rounded_once(kind, learning) -> None:
+    norm = plain(torch.bfloat16, kind)
+    wide = copy.deepcopy(norm).float()
+    swap_norms(norm)
+    x = draw(2, 3).requires_grad_(learning)
+    found = norm(x)
+    assert torch.equal(found, wide(x).bfloat16())
+    if learning:
+        grad = draw(2, 3, seed=2)
+        (mine,), (true,) = (torch.autograd.grad(out, x, grad.to(out.dtype)) for out in (found, wide(x)))
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, true, rtol=0, atol=2**-7 * float(true.abs().max()))
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"elementwise_affine": False}])
+def test_a_layer_norm_in_one_type_is_pytorchs(options) -> None:
+    norm = nn.LayerNorm(DIM, **options)
+    x = draw(2, 3)
+    expected = norm(x)
+    swap_norms(norm)
+    assert torch.equal(norm(x), expected)
+    assert isinstance(norm, nn.LayerNorm)
 
 
 def test_a_copy_has_weights_of_its_own() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trueup.errors import CheckpointError
-from trueup.models.precision import MasterWeights, gradient_sum
+from trueup.models.precision import MasterWeights, gradient_sum, round_parameters
 from trueup.objectives.logprobs import linear_logprobs
 
 STEPS, LEARNING_RATE = 60, 2e-5
@@ -176,6 +176,26 @@ def test_gradients_of_the_vocabulary_are_summed_in_place(dtype) -> None:
             rtol=0,
             atol=tolerance * float(parameter.grad.abs().max()),
         )
+
+
+def test_masters_begin_with_what_rounding_took_away() -> None:
+    model = network(torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.001)  # off bfloat16's grid
+    model[0].bias.requires_grad_(False)
+    model.register_buffer("frequencies", torch.tensor([0.1]))
+    exact = [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad]
+    round_parameters(model, torch.bfloat16)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    assert model.frequencies.dtype == torch.float32
+    first, second = MasterWeights(model.parameters()), MasterWeights(model.parameters())
+    assert [master.tolist() for master in first.parameters] == [values.tolist() for values in exact]
+    before = flat(list(model.parameters()))
+    first.copy_back()
+    assert torch.equal(flat(list(model.parameters())), before)
+    # Handed over, not kept: what trains the model later starts from the model.
+    assert all(torch.equal(master, low.float()) for low, master in second.pairs)
 
 
 def test_nothing_stays_on_the_model_after_closing() -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from trueup.errors import RewardError
 from trueup.models.adapters import merge_and_save
 from trueup.models.heads import load_reward_model
 from trueup.models.scratch import make_model
+from trueup.rewards.samples import Samples
+from trueup.rewards.sandbox.run import check_confinement
 
 LETTERS = "0123456789+= abcdefghijklmnopqrstuvwxyzHA:?"
 
@@ -40,3 +45,32 @@ def pairs() -> list[dict[str, str]]:
         for b in range(1, 6)
         if (5 * a + b) % 7 > 1
     ]
+
+
+@pytest.fixture(scope="session")
+def confinement() -> None:
+    """Skips where there are no user namespaces. A limit that doesn't hold is no reason to skip."""
+    try:
+        check_confinement()
+    except RewardError as error:
+        if "namespaces" not in error.what:
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def samples():
+    """Makes samples of completions, each with a prompt of its own and as many tokens as characters."""
+
+    def make(completions: list[Any], prompts: list[Any] | None = None, **columns: list[Any]) -> Samples:
+        count = len(completions)
+        return Samples(
+            prompts=prompts or [f"question {index}" for index in range(count)],
+            completions=completions,
+            completion_ids=[np.arange(len(completion)) for completion in completions],
+            truncated=[False] * count,
+            columns=columns,
+            where=[f"data.jsonl:{index + 1}" for index in range(count)],
+        )
+
+    return make

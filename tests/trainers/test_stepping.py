@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from trueup.errors import ModelError
+from trueup.models.load import load_model
+from trueup.models.scratch import make_model
 from trueup.trainers.settings import SFTSettings
 from trueup.trainers.stepping import Stepper, lr_scale
+from trueup.trainers.trained_model import load_trained
 
 
 def test_schedules_by_hand():
@@ -24,6 +27,23 @@ def test_schedules_by_hand():
 def module() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_starts_from_the_weights_as_stored(tmp_path, dtype):
+    """The model computes in its type; what the optimiser works on has lost nothing to it."""
+    folder = make_model(tmp_path / "model", characters="ab", hidden_size=8, num_layers=1, num_heads=2)
+    settings = SFTSettings(model=str(folder), dtype=dtype)
+    model, _ = load_trained(settings)
+    stepper = Stepper(model, settings, total_steps=1)
+    stored = load_model(folder, dtype="float32").model
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+    assert any((p != p.bfloat16()).any() for p in stored.parameters())
+    for (name, expected), found, low in zip(
+        stored.named_parameters(), stepper.masters.parameters, model.parameters(), strict=True
+    ):
+        assert torch.equal(found, expected), name
+        assert torch.equal(low, expected.to(low.dtype)), name
 
 
 def test_weight_decay_spares_vectors():

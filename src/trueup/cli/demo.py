@@ -1,92 +1,70 @@
-"""``trueup demo``: a tiny model from nothing through supervised fine-tuning, a reward model and DPO."""
+"""``trueup demo``: a tiny model from nothing through all of RLHF, and four ways to its last stage side by side."""
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trueup.cli import sums
 from trueup.runs.settings import check_range
-from trueup.trainers.settings import PreferenceSettings, RewardSettings, SFTSettings, TrainSettings
 
 if TYPE_CHECKING:
-    from trueup.trainers.session import RunResult
-
-DIGITS_AND_SIGNS = "0123456789+="
+    import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """A tiny model learns to add: badly from people who often forget to carry, better from comparisons of answers."""
+    """A tiny model learns to add: badly from people who forget to carry, better from comparisons and rewards."""
 
     output: str = ""
     """Folder of the demo; by default runs/demo-TIME."""
     seed: int = 0
     """Seed of everything random."""
-    sft_steps: int = 600
+    sft_steps: int = 400
     """Optimiser steps of supervised fine-tuning."""
-    reward_steps: int = 150
+    reward_steps: int = 200
     """Optimiser steps of the reward model."""
-    dpo_steps: int = 150
-    """Optimiser steps of DPO, and of DPO with likelihood."""
+    dpo_steps: int = 200
+    """Optimiser steps of DPO."""
+    rl_steps: int = 300
+    """Rollouts of PPO, GRPO and REINFORCE."""
     mistakes: float = 0.6
-    """Share of the demonstrations with a carry in which it is forgotten."""
+    """Share of the demonstrations that are added without carrying."""
     quiet: bool = False
     """Show no progress, only the table."""
 
     def __post_init__(self) -> None:
-        for name in ("sft_steps", "reward_steps", "dpo_steps"):
+        for name in ("sft_steps", "reward_steps", "dpo_steps", "rl_steps"):
             check_range(self, name, at_least=1)
         check_range(self, "mistakes", at_least=0, at_most=1)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """``a + b`` with both numbers below 100."""
-
-    a: int
-    b: int
-
-    @property
-    def prompt(self) -> str:
-        return f"{self.a}+{self.b}="
-
-    @property
-    def right(self) -> str:
-        return str(self.a + self.b)
-
-    @property
-    def carry_forgotten(self) -> str:
-        """The sum as somebody writes it who adds the columns and forgets to carry."""
-        return str(10 * (self.a // 10 + self.b // 10) + (self.a % 10 + self.b % 10) % 10)
-
-    @property
-    def wrong(self) -> str:
-        """The carry forgotten; where there is none, one carried all the same.
-
-        Mistakes go both ways: pairs in which the better sum is always the larger one would teach "more".
-        """
-        return self.carry_forgotten if self.carry_forgotten != self.right else str(self.a + self.b + 10)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One line of the table."""
+    """What one command left, and how long it took."""
 
     name: str
     folder: Path
-    answers: list[str] | None = None
-    """What the model writes after each held-out prompt; None for a model that writes nothing."""
-    pairs: tuple[float, float, float] | None = None
-    """Share of held-out pairs that it ranks right, with its interval."""
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A policy on the held-out sums, [P] each."""
+
+    answers: list[str]
+    """The likeliest answer to each."""
+    scores: np.ndarray
+    """What the reward model says of one sampled answer to each."""
+    kl: np.ndarray
+    """log π − log π_SFT of these samples, in nats per answer: its mean estimates the KL."""
 
 
 def demo(settings: DemoSettings) -> None:
@@ -110,197 +88,226 @@ def cache_in(folder: Path) -> Iterator[None]:
 
 
 def run_stages(settings: DemoSettings, folder: Path) -> None:
-    """Train one stage after the other, and print what each has learned."""
+    """One command after the other, then what each model has learned."""
     from rich.console import Console
 
+    from trueup.cli.main import COMMANDS
     from trueup.models.scratch import make_model
-    from trueup.trainers.preference import train_preference
-    from trueup.trainers.reward import train_reward
-    from trueup.trainers.sft import train_sft
 
     console = Console(highlight=False)
-    train, held_out = problems(settings.seed)
-    files = write_data(folder / "data", train, held_out, settings)
+    data = sums.write_data(folder / "data", settings.seed, settings.mistakes)
     base = make_model(
-        folder / "base", characters=DIGITS_AND_SIGNS, hidden_size=96, num_layers=2, num_heads=4, seed=settings.seed
+        folder / "base", characters=sums.CHARACTERS, hidden_size=96, num_layers=2, num_heads=4, seed=settings.seed
     )
-    shared = {"seed": settings.seed, "quiet": settings.quiet, "max_length": 16, "tokens_per_batch": 16384}
-    shared |= {"num_epochs": 1000, "num_samples": 8, "sample_tokens": 4}
-    stages = [Stage("untrained", base, written_answers(base, held_out))]
+    stages = {"untrained": Stage(name="untrained", folder=base)}
 
-    def stage(name: str, verb: str, train: Callable[..., RunResult], stage_settings: TrainSettings) -> Path:
-        console.print(f"\n[bold]{name}[/bold]\n  {command_line(verb, stage_settings)}", soft_wrap=True)
+    def run(name: str, verb: str, **given: Any) -> str:
+        """Do what the command does, and return where it wrote."""
+        command = COMMANDS[verb]
+        module = import_module(command.module)
+        default = getattr(module, command.defaults)([]) if command.defaults else getattr(module, command.settings)()
+        told = replace(
+            default, **{"seed": settings.seed} if hasattr(default, "seed") else {}, quiet=settings.quiet, **given
+        )
+        console.print(f"\n[bold]{name}[/bold]\n  {command_line(verb, told, default)}", soft_wrap=True)
         began = time.perf_counter()
-        result = train(stage_settings)
-        seconds = time.perf_counter() - began
-        answers = None if verb == "reward" else written_answers(result.model_folder, held_out)
-        stages.append(Stage(name, result.folder, answers, pair_accuracy(result.metrics), seconds))
-        return result.model_folder
+        getattr(module, command.run)(told)
+        stages[name] = Stage(name=name, folder=Path(told.output), seconds=time.perf_counter() - began)
+        return told.output
 
-    sft_model = stage(
+    def at(name: str) -> str:
+        return str(folder / name)
+
+    short = {"max_length": 16, "tokens_per_batch": 16384, "num_epochs": 1000}
+    sft = run(
         "supervised fine-tuning",
         "sft",
-        train_sft,
-        SFTSettings(
-            model=str(base),
-            data=(str(files["demonstrations"]),),
-            output=str(folder / "sft"),
-            max_steps=settings.sft_steps,
-            batch_size=256,
-            learning_rate=3e-3,
-            warmup_steps=50,
-            **shared,
-        ),
+        model=str(base),
+        data=(str(data["demonstrations"]),),
+        output=at("sft"),
+        max_steps=settings.sft_steps,
+        batch_size=256,
+        learning_rate=3e-3,
+        warmup_steps=50,
+        num_samples=0,
+        **short,
     )
-    on_pairs = {"model": str(sft_model), "data": (str(files["pairs"]),), "eval_data": (str(files["held_out_pairs"]),)}
-    stage(
+    samples = run(
+        "two answers to each sum",
+        "sample",
+        model=sft,
+        data=(str(data["prompts"]),),
+        output=at("samples.jsonl"),
+        num_completions=2,
+        max_new_tokens=sums.MOST_TOKENS,
+        prompts_per_part=1500,
+    )
+    pairs = run("which is better?", "pairs", data=(samples,), reward=("exact",), output=at("pairs.jsonl"))
+    held_out_pairs = {"data": (pairs,), "holdout": 0.1, "num_samples": 0}
+    judge = run(
         "reward model",
         "reward",
-        train_reward,
-        RewardSettings(
-            **on_pairs,
-            output=str(folder / "reward"),
-            max_steps=settings.reward_steps,
-            batch_size=128,
-            learning_rate=1e-3,
-            **shared,
-        ),
+        model=sft,
+        output=at("reward"),
+        max_steps=settings.reward_steps,
+        batch_size=128,
+        learning_rate=1e-3,
+        **held_out_pairs,
+        **short,
     )
-    stage(
+    run(
         "DPO",
         "preference",
-        train_preference,
-        PreferenceSettings(
-            **on_pairs,
-            output=str(folder / "dpo"),
-            beta=3.0,
-            max_steps=settings.dpo_steps,
-            batch_size=128,
-            learning_rate=1e-5,
-            **shared,
-        ),
+        model=sft,
+        output=at("dpo"),
+        max_steps=settings.dpo_steps,
+        batch_size=128,
+        beta=0.3,
+        learning_rate=1e-4,
+        **held_out_pairs,
+        **short,
     )
-    stage(
-        "DPO with likelihood",
-        "preference",
-        train_preference,
-        PreferenceSettings(
-            **on_pairs,
-            output=str(folder / "rpo"),
-            loss=("rpo",),
-            max_steps=settings.dpo_steps,
-            batch_size=128,
-            learning_rate=3e-4,
-            **shared,
-        ),
+    online = {
+        "model": sft,
+        "data": (str(data["prompts"]),),
+        "max_new_tokens": sums.MOST_TOKENS,
+        "max_steps": settings.rl_steps,
+        "learning_rate": 5e-4,
+        "lr_schedule": "cosine",
+        "warmup_steps": 10,
+    } | {name: short[name] for name in ("max_length", "tokens_per_batch")}
+    run(
+        "PPO, reward model",
+        "ppo",
+        reward=(judge,),
+        output=at("ppo"),
+        batch_size=512,
+        num_mini_batches=2,
+        inner_epochs=1,
+        critic_learning_rate=1e-3,
+        **online,
     )
-    print_table(console, stages, held_out, folder)
+    run("GRPO, verifier", "grpo", reward=("exact",), output=at("grpo"), batch_size=64, **online)
+    run("REINFORCE, verifier", "reinforce", reward=("exact",), output=at("reinforce"), batch_size=512, **online)
+    _, held_out = sums.problems(settings.seed)
+    print_table(console, stages, measured(stages, held_out, sft, judge), held_out, folder)
 
 
-def problems(seed: int) -> tuple[list[Problem], list[Problem]]:
-    """All 10,000 sums of two numbers below 100, 500 of them held out."""
-    every = [Problem(a, b) for a in range(100) for b in range(100)]
-    random.Random(seed).shuffle(every)
-    return every[500:], every[:500]
+POLICIES = ("untrained", "supervised fine-tuning", "DPO", "PPO, reward model", "GRPO, verifier", "REINFORCE, verifier")
+"""The stages that write answers."""
 
 
-def write_data(folder: Path, train: list[Problem], held_out: list[Problem], settings: DemoSettings) -> dict[str, Path]:
-    """Demonstrations, in which carries are often forgotten, and pairs: the right sum against a wrong carry."""
-    draw = random.Random(settings.seed + 1)
-
-    def demonstration(problem: Problem) -> dict[str, str]:
-        forgotten = draw.random() < settings.mistakes
-        return {"prompt": problem.prompt, "completion": problem.carry_forgotten if forgotten else problem.right}
-
-    def pair(problem: Problem) -> dict[str, str]:
-        return {"prompt": problem.prompt, "chosen": problem.right, "rejected": problem.wrong}
-
-    rows = {
-        "demonstrations": [demonstration(problem) for problem in train],
-        "pairs": [pair(problem) for problem in train],
-        "held_out_pairs": [pair(problem) for problem in held_out],
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {name: folder / f"{name}.jsonl" for name in rows}
-    for name, file in files.items():
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows[name]), encoding="utf-8")
-    return files
-
-
-def written_answers(model_folder: Path, held_out: list[Problem]) -> list[str]:
-    """What the model writes, greedily, after each held-out prompt."""
+def measured(
+    stages: Mapping[str, Stage], held_out: Sequence[sums.Problem], sft: str, judge: str
+) -> dict[str, Measured]:
+    """Every policy on the held-out sums, by the name of its stage."""
     import numpy as np
 
     from trueup.data.chat import stop_token_ids
     from trueup.models.load import load_model
-    from trueup.trainers.samples import greedy_completions
+    from trueup.models.scorer import prepare_scorer
+    from trueup.rewards.reward_model import RewardModel
+    from trueup.rollout.settings import SamplingParams
+    from trueup.rollout.torch_engine import TorchEngine
+    from trueup.trainers.reference import computed_logprobs
 
-    loaded = load_model(model_folder, device="cpu")
-    prompts = [np.array(loaded.tokenizer(p.prompt, add_special_tokens=False).input_ids) for p in held_out]
-    stop_tokens = stop_token_ids(loaded.tokenizer)
-    written = greedy_completions(loaded.model, prompts, stop_tokens=stop_tokens, max_new_tokens=4, batch_size=512)
-    return [str(loaded.tokenizer.decode(tokens)).strip() for tokens in written]
+    reward_model = RewardModel.load(judge, device="cpu")
+    start = load_model(sft, device="cpu")
+    reference = prepare_scorer(start.model).eval()
+    tokenizer = start.tokenizer
+    prompts = [np.array(tokenizer(p.prompt, add_special_tokens=False).input_ids) for p in held_out]
+    ending = {"max_new_tokens": sums.MOST_TOKENS, "stop_tokens": tuple(stop_token_ids(tokenizer))}
+
+    def text(completion: Any) -> str:
+        return str(tokenizer.decode(completion.tokens, skip_special_tokens=True)).strip()
+
+    def measure(folder: Path) -> Measured:
+        model = load_model(folder, device="cpu").model
+        engine = TorchEngine(model)
+        likeliest = engine.generate(prompts, SamplingParams(temperature=0, **ending))
+        sampled = engine.generate(prompts, SamplingParams(seed=1, **ending))
+        policy = prepare_scorer(model).eval()
+        gained = [
+            sum(of_policy) - sum(of_reference)
+            for of_policy, of_reference in zip(
+                computed_logprobs(policy, sampled), computed_logprobs(reference, sampled), strict=True
+            )
+        ]
+        answers = [text(group.completions[0]) for group in sampled]
+        scores = [reward_model.score(p.prompt, [answer or " "])[0] for p, answer in zip(held_out, answers, strict=True)]
+        return Measured(
+            answers=[text(group.completions[0]) for group in likeliest], scores=np.array(scores), kl=np.array(gained)
+        )
+
+    return {name: measure(stages[name].folder) for name in POLICIES}
 
 
-def pair_accuracy(metrics: dict[str, Any]) -> tuple[float, float, float] | None:
-    """(mean, low, high) of the last evaluation, by the name that the loop gives it; None without pairs."""
-    for name in ("eval_accuracy", "eval_rewards/accuracies"):
-        if name in metrics:
-            return metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"]
-    return None
-
-
-def command_line(verb: str, settings: TrainSettings) -> str:
-    """The command that does what these settings do: a flag for every value that is not the default."""
+def command_line(verb: str, settings: Any, default: Any) -> str:
+    """The command that does what these settings do: a flag for every value that is not the command's default."""
     from trueup.runs.settings import flag_name
 
     words = ["trueup", verb]
     for field in fields(settings):
         value = getattr(settings, field.name)
-        if value == field.default or field.name == "quiet":
+        if value == getattr(default, field.name) or field.name == "quiet":
             continue
         values = value if isinstance(value, tuple) else (value,)
         words += [flag_name(field.name), *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
     return " ".join(words)
 
 
-def print_table(console: Any, stages: list[Stage], held_out: list[Problem], folder: Path) -> None:
-    """One line a stage: its share of right sums and of pairs ranked right, and what it makes of one sum."""
+def print_table(
+    console: Any,
+    stages: Mapping[str, Stage],
+    policies: Mapping[str, Measured],
+    held_out: Sequence[sums.Problem],
+    folder: Path,
+) -> None:
+    """One line a stage: how many sums are right, what the reward model thinks, how far it went, what it cost."""
     from rich.table import Table
 
+    from trueup.runs.folder import read_metrics
     from trueup.runs.statistics import accuracy_interval
 
     def percent(estimate: tuple[float, float, float]) -> str:
         mean, low, high = (100 * value for value in estimate)
         return f"{mean:.1f} % ({low:.0f}–{high:.0f})"
 
-    def num_right(index: int) -> int:
-        return sum(stage.answers[index] == held_out[index].right for stage in stages if stage.answers)
+    def right(name: str) -> list[float]:
+        return [float(answer == p.right) for answer, p in zip(policies[name].answers, held_out, strict=True)]
 
-    # The sum that only the last stages get right tells most.
-    example = min(
-        (i for i, p in enumerate(held_out) if stages[-1].answers and stages[-1].answers[i] == p.right),
-        key=num_right,
-        default=0,
-    )
+    def last(stage: Stage, metric: str) -> float | None:
+        file = stage.folder / "metrics.jsonl"
+        values = [line[metric] for line in read_metrics(file) if metric in line] if file.exists() else []
+        return values[-1] if values else None
+
+    # The sum that most of the later stages get right and the first ones don't tells most.
+    gained = [
+        sum(right(name)[i] for name in POLICIES[2:]) - sum(right(name)[i] for name in POLICIES[:2])
+        for i in range(len(held_out))
+    ]
+    example = max(range(len(held_out)), key=gained.__getitem__)
     table = Table(title=f"\n{len(held_out)} held-out sums, 95 % intervals")
-    for column in ("stage", "sums right", "pairs ranked right", held_out[example].prompt, "seconds", "run"):
+    for column in ("stage", "sums right", held_out[example].prompt, "reward", "KL to SFT", "tokens", "seconds", "run"):
         table.add_column(column, justify="left" if column in ("stage", "run") else "right")
-    for stage in stages:
-        right = [float(answer == p.right) for answer, p in zip(stage.answers or [], held_out, strict=False)]
+    for name, stage in stages.items():
+        policy = policies.get(name)
+        ranked = last(stage, "eval_accuracy") if name == "reward model" else None
+        tokens = last(stage, "num_tokens")
         table.add_row(
-            stage.name,
-            percent(accuracy_interval(right)) if right else "",
-            percent(stage.pairs) if stage.pairs else "",
-            stage.answers[example] if stage.answers else "",
-            f"{stage.seconds:.0f}",
+            name,
+            percent(accuracy_interval(right(name))) if policy else f"{100 * ranked:.1f} % of pairs" if ranked else "",
+            policy.answers[example] if policy else "",
+            f"{policy.scores.mean():.2f}" if policy else "",
+            f"{policy.kl.mean():.2f}" if policy and name != "untrained" else "",
+            f"{tokens:,.0f}" if tokens else "",
+            f"{stage.seconds:.0f}" if stage.seconds else "",
             stage.folder.name,
         )
     console.print(table)
     console.print(
-        f"All of it lies in {folder}: of each run its settings, metrics.jsonl, samples.jsonl and checkpoints/, whose\n"
-        "model loads with transformers. DPO looks at the difference between two answers only, so both may become less\n"
-        "likely; with the likelihood of the better one beside it (--loss rpo) that one is held up.\n"
-        "Next: a real model on real preferences, see README.md.",
+        "reward: mean of what the reward model says of a sampled answer; KL: in nats per answer; tokens: through the "
+        f"model in training.\nAll of it lies in {folder}: of each run its settings, metrics.jsonl and checkpoints/, "
+        "whose model loads with transformers.\nNext: a real model on real data, see README.md.",
         soft_wrap=True,
     )

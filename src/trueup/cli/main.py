@@ -89,6 +89,13 @@ COMMANDS = {
         )
         for name in ("reinforce", "rloo", "ppo", "grpo")
     },
+    "iterate": Command(
+        "rl and reward in turn: the reward model is retrained on the policy's answers",
+        "trueup.cli.iterate",
+        "IterateSettings",
+        "iterate",
+        defaults="iterate_defaults",
+    ),
     "cache": Command("List what is kept between runs, or remove it", "trueup.cli.cache", "CacheSettings", "cache"),
 }
 

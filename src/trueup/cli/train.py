@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from trueup import recipes
+from trueup.errors import SettingsError
 from trueup.runs.settings import given_value
 from trueup.trainers.policy_settings import PolicySettings
 from trueup.trainers.settings import PreferenceSettings, RewardSettings, SFTSettings
@@ -54,11 +55,18 @@ def dpo_defaults(argv: Sequence[str]) -> PreferenceSettings:
 
 
 def rl_defaults(argv: Sequence[str], recipe: str = "") -> PolicySettings:
-    """What the recipe sets, which is named among the flags or in the file that they name.
+    """What the recipe sets, which is the verb's, or is named among the flags or in the file that they name.
 
-    Raises ``SettingsError`` for a recipe that there is not, and ``DataError`` for a file that can't be read.
+    Raises ``SettingsError`` for a recipe that there is not, for one that is not the verb's, and for a file that can't
+    be read.
     """
     named = given_value(argv, "recipe", PolicySettings)
+    if named and recipe and named != recipe:
+        raise SettingsError(
+            f"is {named}, but the command is trueup {recipe}",
+            where="--recipe",
+            way_out=f"trueup rl --recipe {named}, or with the same --config",
+        )
     return PolicySettings(**recipes.policy_defaults(named or recipe or PolicySettings.recipe))
 
 

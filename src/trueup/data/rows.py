@@ -24,7 +24,8 @@ from trueup.errors import DataError, require_extra
 
 Fields = Mapping[str, Any]
 Source = str | Path | Iterable[Any]
-"""A path, a glob, ``hf:NAME``, ``reasoning-gym:TASK``, a ``datasets`` object, an iterable of dicts, or a sequence of these."""
+"""A path, a glob, ``hf:NAME``, ``reasoning-gym:TASK``, a ``datasets`` object, an iterable of dicts, or a sequence of
+these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ def read_rows(source: Source, *, split: str | None = None) -> Iterator[Row]:
 
     ``source``: a path or glob of ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` (each also ``.gz`` or ``.zst``);
     ``hf:NAME``, ``hf:NAME:CONFIG`` or ``hf:NAME@SPLIT`` for a Hugging Face dataset; ``reasoning-gym:TASK?…`` for the
-    entries of a task (see ``reasoning_gym``); a ``datasets`` object; an iterable of dicts; or a sequence of any of these. ``split`` picks one of a Hugging Face dataset's parts (default ``train``).
+    entries of a task (``reasoning_gym``); a ``datasets`` object; an iterable of dicts; or a sequence of any of these.
+    ``split`` picks one of a Hugging Face dataset's parts (default ``train``).
 
     Raises ``DataError`` for a source that is missing, damaged or of unknown kind, and for a record that is no record.
     """

@@ -342,6 +342,8 @@ def attention_forward(
     if layout is not None:
         if kwargs.get("position_bias") is not None:
             raise ValueError("a position bias added to the scores is not part of the tree batch")
+        # Rotary embeddings come in the residual stream's type, which may have more bits than products are to have.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         attend = partial(tree_attention, layout=layout) if isinstance(layout, TreeLayout) else layout.attend
         out = attend(
             query,

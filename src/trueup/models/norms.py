@@ -1,7 +1,9 @@
-"""A faster form of a layer that most models have, for training on a CPU: the RMS norm.
+"""Other forms of the norms that most models have.
 
-Written out in PyTorch's operations, as transformers has it, its backward pass goes over memory a dozen times. A norm
-gets the faster form where its own was found to compute the same on random numbers; every other one stays as it is.
+RMS norms, on a CPU: written out in PyTorch's operations, as transformers has it, the backward pass goes over memory a
+dozen times. A norm gets the faster form where its own was found to compute the same on random numbers; every other one
+stays as it is. Layer norms: PyTorch's takes no input of more bits than its weights, which a residual stream in float32
+is (``models.residual``).
 """
 
 from __future__ import annotations
@@ -18,24 +20,39 @@ ROWS = 512
 
 
 def swap_norms(model: nn.Module) -> None:
-    """Give the model's RMS norms the form of this module, where theirs compute the same.
+    """Give the model's RMS norms the form of this module, where theirs compute the same, and its layer norms.
 
-    A norm's class becomes a subclass of it: weights, names, hooks and copies are what they were.
+    A norm's class becomes a subclass of it: weights, names, hooks and copies are what they were. Both then take float32
+    beside weights in half precision, and give the weights' type, rounded once.
     """
     for module in model.modules():
         kind = type(module)
-        if kind.__name__.endswith("RMSNorm") and not hasattr(kind, "swapped") and _is_plain(module):
+        if kind is nn.LayerNorm:
+            module.__class__ = LayerNorm
+        elif kind.__name__.endswith("RMSNorm") and not hasattr(kind, "swapped") and _is_plain(module):
             module.__class__ = _swapped(kind)
 
 
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, which also takes an input of more bits than its weights have."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.weight is None or input.dtype == self.weight.dtype:
+            return super().forward(input)
+        weight, bias = (each if each is None else each.to(input.dtype) for each in (self.weight, self.bias))
+        normed = nn.functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+        return normed.to(self.weight.dtype)
+
+
 class _RMSNorm(torch.autograd.Function):
-    """Sums and roots in float32 at least; what comes out is rounded where transformers rounds it."""
+    """Sums and roots in float32 at least; what comes out has the weight's type, and is rounded where transformers
+    rounds it: before the weight too, if ``x`` is half precision."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         wide = torch.promote_types(x.dtype, torch.float32)
-        out, scales = torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=wide)
+        out, scales = torch.empty_like(rows, dtype=weight.dtype), rows.new_empty(len(rows), 1, dtype=wide)
         for part, result, scale in zip(rows.split(ROWS), out.split(ROWS), scales.split(ROWS), strict=True):
             part = part.to(wide)
             torch.rsqrt(part.square().mean(-1, keepdim=True) + epsilon, out=scale)
@@ -63,7 +80,8 @@ class _RMSNorm(torch.autograd.Function):
 @cache
 def _swapped(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if hidden_states.device.type != "cpu" or not (torch.is_grad_enabled() and hidden_states.requires_grad):
+        learning = torch.is_grad_enabled() and hidden_states.requires_grad
+        if hidden_states.device.type != "cpu" or not (learning or hidden_states.dtype != self.weight.dtype):
             return kind.forward(self, hidden_states)
         return _RMSNorm.apply(hidden_states, self.weight, _epsilon(self))  # pyright: ignore[reportReturnType]
 

@@ -29,6 +29,7 @@ class MasterWeights:
     ``copy_back()``; ``clear_gradients()`` forgets what has accumulated. Parameters that already have 32 bits or more
     are handed through as they are, so a float32 model runs exactly as without this class.
 
+    A master starts from what ``round_parameters`` kept, else from the parameter itself.
     ``parameters``: what is trained; frozen parameters and repetitions are left out. ``vocabulary``: layers whose
     weights have a row for every entry of the vocabulary, often most of a model. What computes their gradient adds it to
     the master's right away (``gradient_sum``), a few rows or a tile at a time. Through autograd, each use of the
@@ -53,7 +54,7 @@ class MasterWeights:
             if parameter.dtype.itemsize >= 4:
                 self.parameters.append(parameter)
                 continue
-            master = torch.nn.Parameter(parameter.detach().to(torch.float32))
+            master = torch.nn.Parameter(_unrounded(parameter))
             self.parameters.append(master)
             self.pairs.append((parameter, master))
             self.hooks.append(parameter.register_post_accumulate_grad_hook(hand_over_to(master)))
@@ -113,6 +114,30 @@ class MasterWeights:
             parameter.grad = None
         self.hooks.clear()
         self.vocabulary.clear()
+
+
+_UNROUNDED = "trueup_unrounded"
+
+
+def round_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Round the model's float32 parameters to ``dtype``, in place, and keep what that loses for ``MasterWeights``.
+
+    Weights that start on bfloat16's grid leave it all at once and by the same step: the first updates of Adam are ± the
+    learning rate, whatever the gradient, and rounding makes them all larger, or nothing, by the size of the weight. Off
+    the grid such errors cancel. Buffers (the frequencies of rotary embeddings) stay as they are.
+    """
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32 != dtype:
+            exact = parameter.detach()
+            parameter.data = exact.to(dtype)
+            if parameter.requires_grad:
+                setattr(parameter, _UNROUNDED, exact)
+
+
+def _unrounded(parameter: torch.nn.Parameter) -> Tensor:
+    """The float32 values to train on from here; the parameter keeps them no longer."""
+    exact = vars(parameter).pop(_UNROUNDED, None)
+    return parameter.detach().to(torch.float32) if exact is None else exact.to(parameter.device)
 
 
 def hand_over_to(master: torch.nn.Parameter) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -27,6 +27,7 @@ from trueup.models.attention import TREE_ATTENTION, no_mask, register_tree_atten
 from trueup.models.noise import noisy_embeddings
 from trueup.models.norms import swap_norms
 from trueup.models.precision import gradient_sum
+from trueup.models.residual import float32_residual
 from trueup.models.tree import TreeBatch, tree_batch
 from trueup.objectives.logprobs import TokenStatistics, linear_logprobs, token_logprobs, token_statistics
 from trueup.objectives.products import grid_padding
@@ -59,7 +60,8 @@ class Scorer(nn.Module):
 
     ``model``: the transformers model, or a peft model around one. ``path``: "tree" or "padded". ``own_head``: on padded
     rows, take the logits from the model's own forward pass, [tokens, vocabulary] and all. ``neftune_alpha``: in
-    training mode, the scale of noise on the input embeddings (``embedding_noise``).
+    training mode, the scale of noise on the input embeddings (``embedding_noise``). ``float32_residual``, a field, is
+    set by ``prepare_scorer`` for half-precision models.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Scorer(nn.Module):
         self.path = path
         self.own_head = own_head
         self.neftune_alpha = neftune_alpha
+        self.float32_residual = False
 
     def forward(self, batch: TreeBatch, *, temperature: float = 1.0, want: Collection[str] = ()) -> TokenStatistics:
         """Score every completion token of the batch: float32 [S], in the order of ``batch.targets``.
@@ -78,7 +81,8 @@ class Scorer(nn.Module):
         ``TokenStatistics``. Raises ``ValueError`` for an unknown name, and unless the temperature is > 0.
         """
         model = plain_model(self.model)
-        with noisy_embeddings(model, batch, self.path, self.neftune_alpha if self.training else 0.0):
+        noise = self.neftune_alpha if self.training else 0.0
+        with noisy_embeddings(model, batch, self.path, noise), _residual(self):
             if self.own_head:
                 logits = _own_logits(self.model, batch)
                 return token_statistics(logits, batch.targets, temperature=temperature, want=want)
@@ -102,12 +106,15 @@ class RewardScorer(nn.Module):
         self.model = model
         self.path = path
         self.where = where
+        self.float32_residual = False
 
     def forward(self, batch: TreeBatch) -> Tensor:
         """Score every completion of the batch, float32 [C], every step, [M], or every state, [S + C]: in the order of
         the batch's indices."""
         model = plain_model(self.model)
-        return model.score(_hidden_states(model, batch, self.path, self.where)).squeeze(-1).float()
+        with _residual(self):
+            hidden = _hidden_states(model, batch, self.path, self.where)
+        return model.score(hidden).squeeze(-1).float()
 
 
 def vocabulary_layers(scorer: nn.Module) -> list[nn.Embedding | nn.Linear]:
@@ -128,16 +135,24 @@ def plain_model(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
 
 
+def _residual(scorer: AnyScorer) -> AbstractContextManager[None]:
+    """What a scorer's backbone runs under."""
+    model = plain_model(scorer.model)
+    dtype = model.get_input_embeddings().weight.dtype
+    return float32_residual(model, dtype) if scorer.float32_residual else nullcontext()
+
+
 def _hidden_states(model: Any, batch: TreeBatch, path: str, where: str) -> Tensor:
     """The backbone's last hidden states at the batch's "scored" [S, D], "last" [C, D], "step_ends" [M, D] or
-    "states" [S + C, D].
+    "states" [S + C, D], in the weights' type.
 
     The backward pass of ``index_select`` adds row by row in order: the gradient of a state that is read several times
     (a prompt's last) is the same to the bit in every run on a CPU. That of ``hidden[index]`` is not.
     """
+    weight = model.get_input_embeddings().weight
     if path == "tree":
         # Tokens that no other sees, where they make products come in fewer sizes.
-        padding = grid_padding(len(batch.tokens), like=model.get_input_embeddings().weight)
+        padding = grid_padding(len(batch.tokens), like=weight)
         states = model.base_model(
             input_ids=nn.functional.pad(batch.tokens, (0, padding))[None],
             position_ids=nn.functional.pad(batch.positions, (0, padding))[None],
@@ -145,10 +160,10 @@ def _hidden_states(model: Any, batch: TreeBatch, path: str, where: str) -> Tenso
             layout=batch.layout,
             use_cache=False,
         ).last_hidden_state
-        return states[0].index_select(0, getattr(batch, where))
+        return states[0].index_select(0, getattr(batch, where)).to(weight.dtype)
     rows = batch.padded()
     states = model.base_model(input_ids=rows.tokens, attention_mask=rows.attention_mask, use_cache=False)
-    return states.last_hidden_state.flatten(0, 1).index_select(0, getattr(rows, where))
+    return states.last_hidden_state.flatten(0, 1).index_select(0, getattr(rows, where)).to(weight.dtype)
 
 
 def _own_logits(model: nn.Module, batch: TreeBatch) -> Tensor:
@@ -288,7 +303,24 @@ def _prepare(
         )
     given.config._attn_implementation = attention
     swap_norms(given)
-    return candidate(model)
+    scorer = candidate(model)
+    scorer.float32_residual = _takes_float32_residual(scorer, check_batch(given))
+    return scorer
+
+
+@torch.no_grad()
+def _takes_float32_residual(scorer: Scorer | RewardScorer, batch: TreeBatch) -> bool:
+    """Whether a half-precision model runs with a residual stream in float32: an operation of its own that wants both
+    arguments in one type would not. Where it doesn't, the model computes as it is."""
+    if plain_model(scorer.model).get_input_embeddings().weight.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    scorer.float32_residual = True
+    try:
+        with _evaluating(scorer):
+            scorer(batch)
+    except RuntimeError:
+        return False
+    return True
 
 
 def first_exact(

@@ -19,7 +19,10 @@ from trueup.rewards.sandbox import worker
 from trueup.rewards.sandbox.run import MEBI, Limits, check_confinement, confined, refusal, source_of, write_all
 
 START_SECONDS = 120.0
-"""How long a worker may take until it is ready, and longer than it should to answer."""
+"""How long a worker may take until it is ready."""
+
+SLACK_SECONDS = 60.0
+"""How much longer than its answers may take together a worker may take to give their scores."""
 
 MEMORY_BYTES = 4096 * MEBI
 """Address space of a worker, and of each of the processes that it scores in."""
@@ -29,7 +32,7 @@ class AnswerScorer:
     """A worker (``sandbox.worker``) that is started when it is first needed, and again when it has come to an end.
 
     ``confined``: it runs where untrusted code may run, for scorers that evaluate what an answer says. Otherwise it is a
-    process like any other. Each answer has ``seconds`` and a process of its own in either case.
+    process like any other. Each answer has ``seconds`` of processor time and a process of its own in either case.
     """
 
     def __init__(self, kind: str, *, confined: bool, seconds: float) -> None:
@@ -50,11 +53,11 @@ class AnswerScorer:
         scores: list[float | None] = [None] * len(requests)
         if not asked:
             return scores
-        if self._worker is None or not self._worker.is_alive:
-            self._worker = Worker(self.kind, confined=self.confined, at_once=self._at_once)
-        message = {"requests": [requests[index] for index in asked], "seconds": self.seconds, "at_once": self._at_once}
-        limit = START_SECONDS + self.seconds * len(asked)
-        outcomes = self._worker.ask(message | {"memory_bytes": MEMORY_BYTES}, limit)
+        wanted = [requests[index] for index in asked]
+        try:
+            outcomes = self._ask(wanted)
+        except WorkerEnded:  # an answer can do that; which one shows by itself
+            outcomes = [self._alone(request) for request in wanted]
         for index, (kind, value) in zip(asked, outcomes, strict=True):
             if kind == "failed":
                 raise RewardError(value, sample=index)
@@ -68,6 +71,23 @@ class AnswerScorer:
             )
         return scores
 
+    def _ask(self, requests: Sequence[Any]) -> list[Any]:
+        if self._worker is None or not self._worker.is_alive:
+            self._worker = Worker(self.kind, confined=self.confined, at_once=self._at_once)
+        message = {"requests": requests, "seconds": self.seconds, "at_once": self._at_once}
+        limit = SLACK_SECONDS + worker.PATIENCE * self.seconds * len(requests)
+        return self._worker.ask(message | {"memory_bytes": MEMORY_BYTES}, limit)
+
+    def _alone(self, request: Any) -> Any:
+        try:
+            return self._ask([request])[0]
+        except WorkerEnded as error:
+            return ["ended", error.what]
+
+
+class WorkerEnded(RewardError):
+    """A worker that came to an end, or doesn't answer, in the middle of its work."""
+
 
 class Worker:
     """One process that scores answers. Ends with this object, or with this process."""
@@ -78,7 +98,10 @@ class Worker:
         self._finalizer = weakref.finalize(self, opened.close)
         self.process, self._answers, self._setup = (_confined if confined else _beside)(kind, opened, at_once)
         self._unread = b""
-        reason = self._read(time.monotonic() + START_SECONDS)
+        try:
+            reason = self._read(time.monotonic() + START_SECONDS)
+        except WorkerEnded as error:
+            reason = error.what
         if reason is not None:
             raise RewardError(f"the scorer can't be started: {reason}", where=f"reward '{kind}'")
 
@@ -87,9 +110,10 @@ class Worker:
         return self._finalizer.alive and self.process.poll() is None
 
     def ask(self, message: dict[str, Any], seconds: float) -> Any:
-        """What the worker answers. Raises ``RewardError``, and ends the worker, where it doesn't."""
+        """What the worker answers. Raises ``WorkerEnded``, and ends the worker, where it doesn't."""
         try:
-            write_all(self.process.stdin, (json.dumps(message) + "\n").encode())
+            with contextlib.suppress(BrokenPipeError):  # reading tells
+                write_all(self.process.stdin, (json.dumps(message) + "\n").encode())
             return self._read(time.monotonic() + seconds)
         except BaseException:
             self._finalizer()
@@ -105,7 +129,7 @@ class Worker:
                 if setup:
                     raise refusal(setup.decode(errors="replace"))
                 what = "came to an end" if ready else "did not answer"
-                raise RewardError(f"the process that scores {what}", where=f"reward '{self.kind}'")
+                raise WorkerEnded(f"the process that scores {what}", where=f"reward '{self.kind}'")
             self._unread += piece
         line, _, self._unread = self._unread.partition(b"\n")
         return json.loads(line)
@@ -123,7 +147,7 @@ def _beside(kind: str, opened: contextlib.ExitStack, at_once: int) -> tuple[subp
     readable, writable = os.pipe()
     answers = opened.enter_context(os.fdopen(readable, "rb", buffering=0))
     process = subprocess.Popen(
-        [sys.executable, "-c", source_of(worker), kind, str(writable)],
+        [sys.executable, "-P", "-c", source_of(worker), kind, str(writable)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -20,7 +20,7 @@ from trueup.rewards.samples import text_of
 MATCH_SECONDS = 5.0
 """How long a pattern may take on one text."""
 
-THINK = r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*\S(?:(?!</?think>).)*"
+THINK = r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*(?!</?think>)\S(?:(?!</?think>).)*"
 """One block of thoughts at the start, and an answer behind it."""
 
 

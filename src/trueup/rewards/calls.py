@@ -93,19 +93,19 @@ class Caller:
 
         Raises ``RewardError`` for one that raises or takes too long; what is built in may raise other ``TrueupError``s.
         """
-        started = [self._start(reward, samples) if reward.is_async else None for reward in rewards]
+        started = {reward: self._start(reward, samples) for reward in rewards if reward.is_async}
         try:
-            found = []
-            for reward, future in zip(rewards, started, strict=True):
-                if future is None:
-                    found.append(self._guarded(reward, samples, lambda reward=reward: self._sync(reward, samples)))
-                else:
-                    found.append(self._guarded(reward, samples, lambda future=future: self._result(future)))
-            return found
+            found = {
+                reward: self._guarded(reward, samples, lambda reward=reward: self._sync(reward, samples))
+                for reward in rewards
+                if not reward.is_async
+            }
+            for reward, future in started.items():
+                found[reward] = self._guarded(reward, samples, lambda future=future: self._result(future))
         finally:
-            for future in started:
-                if future is not None:
-                    future.cancel()
+            for future in started.values():
+                future.cancel()
+        return [found[reward] for reward in rewards]
 
     def _guarded(self, reward: Reward, samples: Samples, call: Callable[[], Any]) -> Any:
         """What ``call`` gives; what it raises, as a ``RewardError`` that names the sample."""
@@ -113,15 +113,13 @@ class Caller:
             return call()
         except Overtime as overtime:
             raise self._too_long(reward, samples, overtime) from None
-        except RewardError as error:
-            if error.sample is None:
+        except Exception as error:
+            if reward.timed or not isinstance(error, TrueupError):
+                raise self._failed(reward, samples, error) from error
+            if not isinstance(error, RewardError) or error.sample is None:
                 raise
             where = place_of(reward.name, samples, error.sample)
             raise RewardError(error.what, where=where, way_out=error.way_out) from error
-        except TrueupError:
-            raise
-        except Exception as error:
-            raise self._failed(reward, samples, error) from error
 
     def _sync(self, reward: Reward, samples: Samples) -> Any:
         if not reward.timed:
@@ -159,7 +157,7 @@ class Caller:
             for index in range(len(samples)):
                 try:
                     self._alone(reward, samples.only(index))
-                except Exception:
+                except BaseException:  # SystemExit too
                     return index
             return None
 

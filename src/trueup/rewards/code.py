@@ -30,8 +30,8 @@ class CodeTests:
     program, and has to write ``output`` to standard output when it reads ``input`` (spaces at the ends of lines and
     empty lines at the end left out). A cell is a list of tests, or a list as JSON, or one test; None: doesn't apply.
 
-    ``seconds``: processor time of a run, and half of the time that it may take altogether; ``memory_mb``: address space
-    of each of its processes.
+    ``seconds``: processor time of a run, and a third of the time that it may take altogether; ``memory_mb``: address
+    space of each of its processes.
 
     Of a test ``assert EXPRESSION == LITERAL`` the expression alone is run, and its value compared outside: what is
     expected, there and in ``output``, is where the code can't reach it. Other tests run in the interpreter of the code,
@@ -56,13 +56,13 @@ class CodeTests:
     def _score(self, index: int, completion: Any, cell: Any) -> float | None:
         if cell is None:
             return None
-        passed = passes(code_of(text_of(completion)), tests_of(cell, index), self._limits)
+        passed = passes(code_of(text_of(completion)), read_tests(cell, index), self._limits)
         return sum(passed) / len(passed) if self.partial else float(all(passed))
 
     @property
     def _limits(self) -> Limits:
         return Limits(
-            cpu_seconds=max(1, round(self.seconds)), wall_seconds=2 * self.seconds, memory_bytes=self.memory_mb * MEBI
+            cpu_seconds=max(1, round(self.seconds)), wall_seconds=3 * self.seconds, memory_bytes=self.memory_mb * MEBI
         )
 
 
@@ -72,7 +72,7 @@ def code_of(text: str) -> str:
     return blocks[-1] if blocks else text
 
 
-def tests_of(cell: Any, index: int) -> list[Any]:
+def read_tests(cell: Any, index: int) -> list[Any]:
     """The tests in a cell. Raises ``RewardError`` for what is none."""
     if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
         try:

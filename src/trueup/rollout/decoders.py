@@ -20,6 +20,7 @@ from trueup.models.scorer import head_transform
 from trueup.models.tree import TreeBatch
 from trueup.objectives.products import grid_padding
 from trueup.rollout.cohort import Cohort, PromptLayout, StepLayout
+from trueup.rollout.sampling import as_logits
 
 PREFILL = 16384
 """Tokens of prompts in one forward pass, if there is more than one."""
@@ -59,8 +60,12 @@ class Decoder(Protocol):
         """Read the next token of every row, int64 [R]; their states."""
         ...
 
-    def logits(self, states: Tensor) -> Tensor:
-        """[R, …] → [R, V], float32 or wider."""
+    def products(self, states: Tensor) -> Tensor:
+        """What the head makes of the states: [R, …] → [R, V], in the model's type."""
+        ...
+
+    def logits(self, products: Tensor) -> Tensor:
+        """What the model makes of these, number by number: a new tensor, float32 or wider."""
         ...
 
 
@@ -112,12 +117,14 @@ class TreeDecoder:
             use_cache=False,
         ).last_hidden_state[0]
 
-    def logits(self, states: Tensor) -> Tensor:
+    def products(self, states: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(states)
+
+    def logits(self, products: Tensor) -> Tensor:
         scale, softcap = head_transform(self.model)
-        logits = self.model.get_output_embeddings()(states)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = logits if scale == 1 else logits * scale
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        logits = as_logits(products)
+        logits = logits if scale == 1 else logits.mul_(scale)
+        return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def _few_sizes(length: int, like: Tensor) -> int:
@@ -169,8 +176,11 @@ class RowDecoder:
         cohort.cache = output.past_key_values if self.cached else None
         return output.logits[slots, -1]
 
-    def logits(self, states: Tensor) -> Tensor:
-        return states.to(torch.promote_types(states.dtype, torch.float32))
+    def products(self, states: Tensor) -> Tensor:
+        return states
+
+    def logits(self, products: Tensor) -> Tensor:
+        return as_logits(products)
 
 
 class CachedRows:
@@ -218,7 +228,7 @@ def forced_logprobs(decoder: Decoder, batch: TreeBatch) -> Tensor:
     for position in range(batch.longest):
         rows = np.concatenate([rows for _, rows in running])
         tokens = torch.tensor([written[row][position] for row in rows], device=batch.tokens.device)
-        logprobs = decoder.logits(torch.cat(states)).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+        logprobs = decoder.logits(decoder.products(torch.cat(states))).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
         scores[torch.from_numpy(rows), position] = logprobs.float()
         running, order = keep_rows(running, np.array([len(written[row]) > position + 1 for row in rows]))
         if not running:

@@ -9,27 +9,29 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trueup.errors import DataError, NonFiniteError, SettingsError
+from trueup.errors import DataError, NonFiniteError, OutOfMemoryError, SettingsError
 from trueup.models.load import DtypeName, context_length, embedding_rows, resolve_dtype
 from trueup.models.scorer import first_exact, plain_logprobs, plain_model
 from trueup.records import Completion, CompletionGroup, StopReason
 from trueup.rollout.decoders import Decoder, RowDecoder, TreeDecoder, forced_logprobs, keep_rows
+from trueup.rollout.packing import pack_linears
 from trueup.rollout.sampling import Sampled, sample
 from trueup.rollout.settings import SamplingParams
 from trueup.rollout.uniforms import uniforms
 from trueup.rollout.weights import copy_weights, sampling_copy
+from trueup.runs.memory import is_out_of_memory
 
 CACHE_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}
 """Memory for keys and values, if ``max_batch_tokens`` is not given."""
 
-LOGITS = 4 << 20
-"""Logits that are made and sampled at a time."""
+LOGITS = 16 << 20
+"""Logits that are held at a time."""
 
 DRAWN_AHEAD = 64
 """Positions whose random numbers are drawn at a time."""
@@ -45,11 +47,12 @@ class TorchEngine:
 
     ``tokenizer``: needed for stop strings only. ``max_batch_tokens``: the most tokens whose keys and values are held at
     once, a completion counted with the most that it can get; None: as many as 2 GiB hold (8 GiB on a GPU).
-    ``dtype``: of the copy, "auto" being bfloat16 where the hardware multiplies it. Weights that have this type already
-    are not copied but shared with the model: what it learns is sampled from at once.
+    ``dtype``: of the copy, "auto" being bfloat16 where the hardware multiplies it, "same" the model's own. Weights of
+    this type share the model's memory, but may be laid out anew for products (``trueup.rollout.packing``): what the
+    model learns is sampled from after ``update_weights``.
 
-    Raises ``SettingsError`` for a bad setting, ``ModelError`` if no way of decoding reproduces the model's plain forward
-    pass.
+    Raises ``SettingsError`` for a bad setting, ``ModelError`` if no way of decoding reproduces the model's plain
+    forward pass.
     """
 
     def __init__(
@@ -58,17 +61,17 @@ class TorchEngine:
         tokenizer: Any = None,
         *,
         max_batch_tokens: int | None = None,
-        dtype: DtypeName = "auto",
+        dtype: DtypeName | Literal["same"] = "auto",
     ) -> None:
         if max_batch_tokens is not None and max_batch_tokens < 1:
             raise SettingsError(f"{max_batch_tokens} is out of range", where="max_batch_tokens", way_out="1 or more")
         self.tokenizer = tokenizer
-        device = plain_model(model).device
-        self.model = sampling_copy(model, resolve_dtype(dtype, device))
+        given = plain_model(model)
+        self.device: torch.device = given.device
+        self.model = sampling_copy(model, given.dtype if dtype == "same" else resolve_dtype(dtype, self.device))
         self.decoder = _prepare_decoder(self.model)
+        pack_linears(self.model)
         self.max_batch_tokens = max_batch_tokens
-        self.device = device
-        self._room: Tensor | None = None
 
     def update_weights(self, model: nn.Module) -> None:
         """Take over the weights of a model of the same shape, in place; adapters are merged into what they adapt.
@@ -77,6 +80,7 @@ class TorchEngine:
         """
         with torch.no_grad():
             copy_weights(self.model, model)
+            pack_linears(self.model)
 
     @torch.inference_mode()
     def generate(
@@ -91,14 +95,29 @@ class TorchEngine:
 
         Raises ``DataError`` for a prompt that is empty, that has tokens which the model doesn't know, or that leaves no
         room in the model's context, ``SettingsError`` for stop strings without a tokenizer, stop tokens that the model
-        doesn't know, or a completion that ``max_batch_tokens`` has no room for, and ``NonFiniteError`` for logits from
-        which nothing can be sampled.
+        doesn't know, or a completion that ``max_batch_tokens`` has no room for, ``NonFiniteError`` for logits from
+        which nothing can be sampled, and ``OutOfMemoryError``.
         """
         prompts = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
         numbers = list(range(len(prompts)) if requests is None else requests)
         if len(numbers) != len(prompts):
             raise SettingsError(f"{len(numbers)} requests for {len(prompts)} prompts", where="requests")
         rooms = self._rooms_for(prompts, sampling)
+        try:
+            return self._generate(prompts, rooms, numbers, sampling, progress or (lambda number: None))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(self._budget(prompts, rooms), prompts, rooms, sampling.num_completions) from error
+
+    def _generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        rooms: Sequence[int],
+        numbers: Sequence[int],
+        sampling: SamplingParams,
+        progress: Callable[[int], object],
+    ) -> list[CompletionGroup]:
         stop = StopRule(sampling, self.tokenizer)
         budget = self._budget(prompts, rooms)
         waiting = deque(self._orders(prompts, rooms, sampling.num_completions, budget))
@@ -106,7 +125,7 @@ class TorchEngine:
         written: list[list[Any]] = [[None] * sampling.num_completions for _ in prompts]
         running: list[tuple[Any, np.ndarray]] = []
         tokens = torch.empty(0, dtype=torch.int64, device=self.device)
-        seen = self._seen([], sampling)
+        seen = self._seen([]) if sampling.repetition_penalty != 1 else None
         while waiting or running:
             states = [self.decoder.step([cohort for cohort, _ in running], tokens)] if running else []
             for orders in self._admitted(waiting, sum(cohort.reserved for cohort, _ in running), budget):
@@ -117,12 +136,11 @@ class TorchEngine:
                 states.append(state)
                 if seen is not None:
                     repeated = [prompts[order.prompt] for order in orders for _ in order.completions]
-                    seen = torch.cat([seen, self._seen(repeated, sampling)])
+                    seen = torch.cat([seen, self._seen(repeated)])
             rows = np.concatenate([rows for _, rows in running])
             sampled = self._sample(torch.cat(states), lines.draw(rows), sampling, seen)
             lines.write(rows, sampled)
-            if progress is not None:
-                progress(len(rows))
+            progress(len(rows))
             tokens = sampled.tokens
             if seen is not None:
                 seen.scatter_(1, tokens[:, None], True)
@@ -213,10 +231,8 @@ class TorchEngine:
         for _ in range(count):
             waiting.popleft()
 
-    def _seen(self, prompts: Sequence[np.ndarray], sampling: SamplingParams) -> Tensor | None:
-        """Which tokens each prompt holds, bool [R, V], if anything depends on it."""
-        if sampling.repetition_penalty == 1:
-            return None
+    def _seen(self, prompts: Sequence[np.ndarray]) -> Tensor:
+        """Which tokens each prompt holds: bool [R, V]."""
         seen = np.zeros((len(prompts), embedding_rows(self.model)), dtype=bool)
         for row, prompt in zip(seen, prompts, strict=True):
             row[prompt] = True
@@ -225,22 +241,17 @@ class TorchEngine:
     def _sample(self, states: Tensor, uniforms: Tensor, sampling: SamplingParams, seen: Tensor | None) -> Sampled:
         """The next token of every row, a bounded number of logits at a time."""
         size = max(1, LOGITS // embedding_rows(self.model))
-        parts = []
-        for start in range(0, len(states), size):
-            part = slice(start, start + size)
-            logits = self.decoder.logits(states[part])
-            if self._room is None or self._room.shape[0] < len(logits) or self._room.dtype != logits.dtype:
-                self._room = torch.empty_like(logits)
-            parts.append(
-                sample(
-                    logits,
-                    uniforms[part].to(logits.device),
-                    sampling,
-                    seen=None if seen is None else seen[part],
-                    out=self._room[: len(logits)],
-                )
+        parts = [
+            sample(
+                self.decoder.products(states[start : start + size]),
+                uniforms[start : start + size].to(states.device),
+                sampling,
+                seen=None if seen is None else seen[start : start + size],
+                logits_of=self.decoder.logits,
             )
-        return parts[0] if len(parts) == 1 else Sampled(*(torch.cat(each) for each in zip(*parts, strict=True)))
+            for start in range(0, len(states), size)
+        ]
+        return Sampled(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
 def _prepare_decoder(model: Any) -> Decoder:
@@ -255,6 +266,20 @@ def _prepare_decoder(model: Any) -> Decoder:
         )
     model.config._attn_implementation = attention
     return candidate(model)
+
+
+def out_of_memory(
+    budget: int, prompts: Sequence[np.ndarray], rooms: Sequence[int], num_completions: int
+) -> OutOfMemoryError:
+    """The message: half of the keys and values that there was room for, and of those that were asked for."""
+    asked = sum(len(prompt) + num_completions * room for prompt, room in zip(prompts, rooms, strict=True))
+    least = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
+    held = min(budget, asked)
+    lower = f"--max-batch-tokens {max(least, held // 2)}" if held > least else "a smaller --max-new-tokens"
+    return OutOfMemoryError(
+        f"out of memory while sampling, with room for {held:,} tokens at once",
+        way_out=f"start anew with {lower}",
+    )
 
 
 def cache_bytes_per_token(model: Any) -> int:

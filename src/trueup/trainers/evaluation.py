@@ -30,8 +30,9 @@ def evaluate_policy(
     requests, size = inputs.held_out, settings.eval_completions
     sampling = settings.sampling(num_completions=size, seed=settings.seed + 1, stop_tokens=inputs.stop_tokens)
     most = len(requests) * size * settings.max_new_tokens
+    players.take_policy_to_engine()
     with progress.meter(most, "evaluation, tokens", at_most=True) as told:
-        groups = players.engine.generate([request.tokens for request in requests], sampling, progress=told)
+        groups = players.evaluator.generate([request.tokens for request in requests], sampling, progress=told)
         samples = inputs.samples(requests, groups)
         scores = players.rewards.score(samples)
     table = scores.total.reshape(-1, size)

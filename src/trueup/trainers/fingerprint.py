@@ -7,7 +7,9 @@ with one more space would go unnoticed, and the run would be the result of neith
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from glob import glob
 from pathlib import Path
@@ -19,6 +21,8 @@ from torch import nn
 
 from trueup.errors import CheckpointError
 from trueup.records import CompletionGroup
+from trueup.rewards.reward_model import ScoringModel
+from trueup.rewards.rewards import Rewards
 
 _SAMPLED = 4096
 
@@ -28,6 +32,8 @@ WAYS_OUT = {
     "tokenizer": "bring back the tokenizer and chat template it was started with, or start a new run",
     "starting weights": "give the model as it was before training, or start a new run in another folder",
     "reference": "give the reference model as it was, or start a new run in another folder",
+    "critic": "give the critic as it was before training, or start a new run in another folder",
+    "rewards": "bring back the rewards (code, models, weights) as they were, or start a new run in another folder",
 }
 """What is compared, in the order in which it is told: a tokenizer that changed changes the data too."""
 
@@ -81,6 +87,39 @@ def weights_fingerprint(module: nn.Module) -> str:
         digest.update(str(tuple(tensor.shape)).encode())
         digest.update(sample.view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def rewards_fingerprint(rewards: Rewards) -> str:
+    """Of all rewards with their weights: changes with the text of the file that a function stands in (of the function
+    alone, where it is a script or notebook that trains), and when a reward model was trained further.
+
+    What other files the code uses, and what an endpoint does, is not known.
+    """
+    digest = _digest(repr(rewards.weights.tolist()))
+    for reward in rewards.rewards:
+        digest.update(f" {reward.name} ".encode())
+        function: Any = reward.function
+        if isinstance(model := getattr(function, "model", None), ScoringModel):
+            digest.update((weights_fingerprint(model.scorer) + tokenizer_fingerprint(model.tokenizer)).encode())
+            continue
+        if reward.timed:
+            digest.update(_code_of(function))
+        if dataclasses.is_dataclass(function):
+            digest.update(repr(function).encode())
+    return digest.hexdigest()
+
+
+def _code_of(function: Any) -> bytes:
+    """The text that somebody's own function is read from; nothing where there is none."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    code = function if hasattr(function, "__code__") else type(function)
+    try:
+        if code.__module__ == "__main__":
+            return inspect.getsource(code).encode()
+        return Path(inspect.getsourcefile(code) or "").read_bytes()
+    except (OSError, TypeError):
+        return b""
 
 
 def check_unchanged(then: Mapping[str, str], now: Mapping[str, str], where: str) -> None:

@@ -22,9 +22,10 @@ from trueup.rewards.rewards import Rewards
 from trueup.rollout.engine import Engine
 from trueup.rollout.torch_engine import TorchEngine
 from trueup.trainers.algorithms import Algorithm
-from trueup.trainers.fingerprint import weights_fingerprint
+from trueup.trainers.fingerprint import rewards_fingerprint, weights_fingerprint
 from trueup.trainers.policy_settings import PolicySettings
 from trueup.trainers.reference import frozen_logprobs
+from trueup.trainers.trained_model import save_trained
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class Players:
     scorer: Scorer
     """The policy."""
     engine: Engine
-    samples_from_policy: bool
+    """Writes the completions that are learned from: from the policy, or from what the run started from."""
+    evaluator: Engine
+    """Writes those of evaluations, from the policy: the same engine, unless that one samples from the start."""
     rewards: Rewards
     reference: Scorer | None
     """A frozen copy; with LoRA the policy's own scorer, to be called with its adapter off; None: there is none."""
@@ -63,9 +66,8 @@ class Players:
         return self.critic(batch).split([len(batch.scored), len(batch.last)])  # pyright: ignore[reportReturnType]
 
     def take_policy_to_engine(self) -> None:
-        """Sample from the policy as it is now, if it is the policy that is sampled from."""
-        if self.samples_from_policy:
-            self.engine.update_weights(self.scorer.model)
+        """Sample from the policy as it is now, where it is the policy that is sampled from."""
+        self.evaluator.update_weights(self.scorer.model)
 
     def take_policy_to_reference(self) -> None:
         """The policy as it is now becomes the reference (iterative GRPO)."""
@@ -85,30 +87,38 @@ def load_players(
     ``reward``: a function, several, or ``Rewards``, in place of the settings'. Raises as ``Rewards.load``,
     ``load_reward_model`` and ``prepare_scorer`` do, and ``SettingsError`` for settings without effect.
     """
-    if not algorithm.critic and (settings.critic or settings.critic_warmup):
-        raise SettingsError(f"recipe {settings.recipe} has no critic", where="--critic", way_out="leave it out")
+    rewards = load_rewards(settings, tokenizer, reward)
+    if algorithm.steps and not any(each.scores_steps for each in rewards.rewards):
+        raise SettingsError(
+            f"recipe {settings.recipe} needs scores of steps, and {' and '.join(rewards.names)} gives none",
+            where="--reward",
+            way_out="a process reward model: trueup reward --process trains one",
+        )
     scorer = prepare_scorer(policy)
     needs_reference = settings.kl_coef > 0 or algorithm.reference
-    sampled = policy if algorithm.samples_from == "policy" else copy.deepcopy(policy).requires_grad_(False)
-    fingerprints = {"starting weights": weights_fingerprint(scorer)}
+    engine = evaluator = load_engine(settings, policy, tokenizer)
+    if algorithm.samples_from == "start":
+        engine = load_engine(settings, copy.deepcopy(policy).requires_grad_(False), tokenizer)
+    fingerprints = {"starting weights": weights_fingerprint(scorer), "rewards": rewards_fingerprint(rewards)}
     critic = load_critic(settings, policy, tokenizer) if algorithm.critic else None
     if critic is not None:
         fingerprints["critic"] = weights_fingerprint(critic)
     return Players(
         scorer=scorer,
-        engine=TorchEngine(
-            sampled,
-            tokenizer,
-            max_batch_tokens=settings.max_batch_tokens,
-            dtype=own_dtype(policy) if settings.rollout_dtype == "same" else settings.rollout_dtype,
-        ),
-        samples_from_policy=algorithm.samples_from == "policy",
-        rewards=load_rewards(settings, tokenizer, reward),
+        engine=engine,
+        evaluator=evaluator,
+        rewards=rewards,
         reference=frozen_copy(scorer) if needs_reference else None,
         critic=critic,
         temperature=settings.temperature,
         fingerprints=fingerprints,
     )
+
+
+def load_engine(settings: PolicySettings, model: Any, tokenizer: Any) -> Engine:
+    """What samples from a model."""
+    dtype = own_dtype(model) if settings.rollout_dtype == "same" else settings.rollout_dtype
+    return TorchEngine(model, tokenizer, max_batch_tokens=settings.max_batch_tokens, dtype=dtype)
 
 
 def own_dtype(model: Any) -> DtypeName:
@@ -160,7 +170,7 @@ def load_rewards(settings: PolicySettings, tokenizer: Any, given: Any) -> Reward
     )
 
 
-def save_critic(players: Players, folder: Path) -> None:
+def save_critic(players: Players, tokenizer: Any, folder: Path) -> None:
     """Beside the policy's model, in the same layout: the next run's ``--critic``."""
     if players.critic is not None:
-        players.critic.model.save_pretrained(folder.parent / "critic")  # pyright: ignore[reportCallIssue]
+        save_trained(players.critic.model, tokenizer, folder.parent / "critic")  # pyright: ignore[reportArgumentType]

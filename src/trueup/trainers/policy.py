@@ -26,13 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trueup.errors import SettingsError
+from trueup.errors import OutOfMemoryError, RewardError
 from trueup.objectives import policy_gradient, reduce, value
 from trueup.trainers.algorithms import Algorithm, Learned, kl_loss
 from trueup.trainers.evaluation import evaluate_policy
 from trueup.trainers.experience import Experience, Micro, passes, units
 from trueup.trainers.memory import memory_errors
 from trueup.trainers.players import Players, load_players, save_critic
+from trueup.trainers.policy_checks import check_fits, warn
 from trueup.trainers.policy_inputs import load_policy_inputs
 from trueup.trainers.policy_metrics import Alarms, learning_metrics, not_clipped
 from trueup.trainers.policy_settings import PolicySettings
@@ -100,10 +101,19 @@ def train_policy(
 
     def save_models(folder: Path) -> None:
         save_trained(policy, tokenizer, folder)
-        save_critic(players, folder)
+        save_critic(players, tokenizer, folder)
+
+    def rolled_out(step: int) -> tuple[Experience, dict[str, float]]:
+        try:
+            return roll_out(step // settings.steps_per_rollout, settings, algorithm, players, inputs, moving, progress)
+        except (RewardError, OutOfMemoryError):
+            if step > start:  # what was learned is not lost for a reward that fails
+                save(step)
+            raise
 
     start, counters = session.restore(stepper, {**inputs.fingerprints, **players.fingerprints}, take_over)
     players.take_policy_to_engine()
+    warn(settings, inputs.num_steps, session.say)
     open_critic = closing(critic) if critic else nullcontext()
     with closing(stepper), open_critic, session.running(start, inputs.num_steps) as progress:
         if start == 0:
@@ -111,7 +121,7 @@ def train_policy(
         for step in range(start, inputs.num_steps):
             number, inner = divmod(step, settings.steps_per_rollout)
             if inner == 0:
-                x, metrics = roll_out(number, settings, algorithm, players, inputs, moving, progress)
+                x, metrics = rolled_out(step)
                 for alarm in alarms.heard(metrics):
                     progress.say(alarm)
             assert x is not None
@@ -124,9 +134,11 @@ def train_policy(
                 moving.stopped = learned.get("approx_kl", 0.0) > (settings.target_kl or math.inf)
                 moves = math.isfinite(tally.loss) and not moving.stopped
                 grad_norm, learning_rate = stepper.step(step) if moves and not only_critic else stepper.skip()
+                norms = [] if only_critic else [grad_norm]
                 if critic:
                     learned["critic_grad_norm"], _ = critic.step(step) if moves else critic.skip()
-                broken = not moving.stopped and not only_critic and not math.isfinite(grad_norm)
+                    norms.append(learned["critic_grad_norm"])
+                broken = not moving.stopped and not all(map(math.isfinite, norms))
                 seconds = time.perf_counter() - began
                 counters.num_tokens += tally.tokens
                 counters.skipped_steps += broken
@@ -176,7 +188,7 @@ def learn(
     wanted = taking_part(x, settings, algorithm)
     limit = sum(x.groups[index].num_tokens for index in chosen) if algorithm.whole_groups else settings.tokens_per_batch
     for micro in passes(units(x, chosen, wanted, limit), settings.tokens_per_batch, players.device):
-        with memory_errors(settings, micro.groups):
+        with memory_errors(settings, micro.groups, divisible=not algorithm.whole_groups):
             share, metrics = x.rewards.new_zeros(()), {}
             if not only_critic:
                 share, metrics = policy_loss(x, micro, totals, settings, algorithm, players, moving)
@@ -274,11 +286,12 @@ def critic_loss(
 
 def adapt(settings: PolicySettings, moving: Moving, metrics: Mapping[str, float]) -> None:
     """The controllers' turn, after the last step that was made on a rollout: ``metrics`` are of that step."""
-    if settings.kl_target is not None and "objective/kl" in metrics:
-        moving.kl_coef = policy_gradient.adapt_kl_leash(moving.kl_coef, metrics["objective/kl"], settings.kl_target)
-    if settings.penalty_target is not None and "approx_kl" in metrics:
+    known = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    if settings.kl_target is not None and "objective/kl" in known:
+        moving.kl_coef = policy_gradient.adapt_kl_leash(moving.kl_coef, known["objective/kl"], settings.kl_target)
+    if settings.penalty_target is not None and "approx_kl" in known:
         moving.penalty_coef = policy_gradient.adapt_kl_penalty(
-            moving.penalty_coef, metrics["approx_kl"], settings.penalty_target
+            moving.penalty_coef, known["approx_kl"], settings.penalty_target
         )
 
 
@@ -295,31 +308,3 @@ def critic_stepper(players: Players, settings: PolicySettings, num_steps: int) -
         return None
     rate = settings.critic_learning_rate or settings.learning_rate
     return Stepper(players.critic, replace(settings, learning_rate=rate), num_steps)
-
-
-def check_fits(settings: PolicySettings, algorithm: Algorithm) -> None:
-    """Raise ``SettingsError`` for settings that this algorithm can't follow."""
-    if settings.group_size < algorithm.smallest_group:
-        raise SettingsError(
-            f"recipe {settings.recipe} compares at least {algorithm.smallest_group} completions of a prompt",
-            where="--group-size",
-            way_out=f"--group-size {algorithm.smallest_group} or more",
-        )
-    if settings.truncated_completions == "bootstrapped" and not algorithm.critic:
-        raise SettingsError(
-            "only a critic can say what a completion that was cut off would still have earned",
-            where="--truncated-completions",
-            way_out="take a recipe with a critic (ppo), or terminal or masked",
-        )
-    if settings.kl_coef > 0 and settings.kl_form == "reward" and not (algorithm.kl_in_reward or algorithm.reference):
-        raise SettingsError(
-            f"the advantages of recipe {settings.recipe} would not see a KL in the reward",
-            where="--kl-form",
-            way_out="--kl-form prefix_k3, for example, puts it into the loss",
-        )
-    if algorithm.reference and settings.kl_target is not None:
-        raise SettingsError(
-            f"β is part of the loss of recipe {settings.recipe} and stays", where="--kl-target", way_out="leave it out"
-        )
-    if algorithm.reference and settings.kl_coef == 0:
-        raise SettingsError(f"recipe {settings.recipe} needs a β above 0", where="--kl-coef")

@@ -153,9 +153,14 @@ class PolicySettings(RewardChoice, TrainSettings):
                 where="--reference-every",
                 way_out="--lora-rank 0",
             )
-        if self.streaming:
-            raise SettingsError("is for the offline loops", where="--streaming", way_out="leave it out")
-        check_used(self, self.kl_coef > 0, "--kl-coef", "kl_target")
+        if self.lora_dropout:
+            raise SettingsError(
+                "a policy that samples without dropout is another one with it: every ratio would be wrong",
+                where="--lora-dropout",
+                way_out="leave it out",
+            )
+        check_used(self, False, "an offline loop", "streaming", "sample_tokens", "train_turns")
+        check_used(self, self.kl_coef > 0, "--kl-coef", "kl_target", "reference_every")
         several = self.steps_per_rollout > 1
         check_used(self, several, "several steps per rollout (--num-mini-batches, --inner-epochs)", "target_kl")
         check_used(self, self.importance != "none", "--importance", "importance_cap")

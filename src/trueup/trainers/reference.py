@@ -112,7 +112,9 @@ def stored_logprobs(
         with suppress(OSError):  # somebody else's cache may be read only
             path.touch()
     else:
-        flat = np.concatenate(computed(settings, scorer, groups))
+        flat = np.concatenate(
+            computed_logprobs(scorer, groups, tokens_per_batch=settings.tokens_per_batch, quiet=settings.quiet)
+        )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, save({"logprobs": flat}, metadata=described(settings)))
@@ -135,12 +137,14 @@ def read_stored(path: Path, size: int) -> np.ndarray | None:
     return flat if flat.shape == (size,) and bool(np.isfinite(flat).all()) else None
 
 
-def computed(settings: PreferenceSettings, scorer: Scorer, groups: Sequence[CompletionGroup]) -> list[np.ndarray]:
-    """Token log-probs of every group under the frozen model, with progress."""
+def computed_logprobs(
+    scorer: Scorer, groups: Sequence[CompletionGroup], *, tokens_per_batch: int = 4096, quiet: bool = True
+) -> list[np.ndarray]:
+    """Token log-probs of every group under a frozen model (adapters off), float32 [S] each, with progress."""
     device = next(scorer.parameters()).device
-    cut = micro_batches(groups, settings.tokens_per_batch)
+    cut = micro_batches(groups, tokens_per_batch)
     found: dict[int, np.ndarray] = {}
-    with evaluating(scorer), RunProgress(len(cut), title="reference", quiet=settings.quiet) as progress:
+    with evaluating(scorer), RunProgress(len(cut), title="log-probs", quiet=quiet) as progress:
         for micro in cut:
             batch = tree_batch([groups[index] for index in micro], device)
             flat = frozen_logprobs(scorer, batch).float().cpu().numpy()

@@ -49,9 +49,10 @@ def roll_out(
     moving: Moving,
     progress: RunProgress,
 ) -> tuple[Experience, dict[str, float]]:
-    """The rollout of this number, and its metrics."""
+    """The rollout of this number, and its metrics. ``moving`` moves once all is there: where it can't be, nothing has
+    happened."""
     began = time.perf_counter()
-    groups, scored, seconds_scoring = sample_and_score(settings, players, inputs, moving, progress)
+    groups, scored, num_drawn, seconds_scoring = sample_and_score(settings, players, inputs, moving, progress)
     x = new_experience(
         groups,
         scores_of(scored, settings),
@@ -83,7 +84,7 @@ def roll_out(
     x = replace(x, advantages=advantages)
 
     baseline, moving.num_earned = running_mean(torch.tensor(moving.baseline), moving.num_earned, x.totals)
-    moving.baseline, moving.stopped = baseline.item(), False
+    moving.num_drawn, moving.baseline, moving.stopped = num_drawn, baseline.item(), False
     metrics = rollout_metrics(x, scored) | {
         "num_prompts": moving.num_drawn,
         "sample_seconds": sampled - began - seconds_scoring,
@@ -95,27 +96,25 @@ def roll_out(
 
 def sample_and_score(
     settings: PolicySettings, players: Players, inputs: PolicyInputs, moving: Moving, progress: RunProgress
-) -> tuple[list[CompletionGroup], RewardScores, float]:
-    """The groups of one rollout, their scores, and the seconds that scoring took.
+) -> tuple[list[CompletionGroup], RewardScores, int, float]:
+    """The groups of one rollout, their scores, how many prompts have been drawn by now, and the seconds that scoring
+    took.
 
     With ``filter_groups`` groups whose scores are all equal are replaced by those of further prompts (dynamic sampling:
     Yu et al. 2025, arXiv 2503.14476, §3.2). Where no group at all has a signal, the last ones that were drawn stay.
     """
     kept: list[tuple[CompletionGroup, RewardScores]] = []
     drawn: list[tuple[CompletionGroup, RewardScores]] = []
-    seconds = 0.0
+    num_drawn, seconds = moving.num_drawn, 0.0
     sampling = replace(settings.sampling(), stop_tokens=inputs.stop_tokens)
     for _ in range(settings.max_draws if settings.filter_groups else 1):
-        requests = inputs.draw(moving.num_drawn, settings.batch_size)
-        moving.num_drawn += len(requests)
+        requests = inputs.draw(num_drawn, settings.batch_size)
+        num_drawn += len(requests)
         most = len(requests) * settings.group_size * settings.max_new_tokens
         with progress.meter(most, "sampling, tokens", at_most=True, part_of_step=True) as told:
-            groups = players.engine.generate(
-                [request.tokens for request in requests],
-                sampling,
-                requests=[request.number for request in requests],
-                progress=told,
-            )
+            prompts = [request.tokens for request in requests]
+            numbers = [request.number for request in requests]
+            groups = players.engine.generate(prompts, sampling, requests=numbers, progress=told)
         began = time.perf_counter()
         scores = players.rewards.score(inputs.samples(requests, groups))
         seconds += time.perf_counter() - began
@@ -124,7 +123,7 @@ def sample_and_score(
         if len(kept) >= settings.batch_size:
             break
     chosen = kept[: settings.batch_size] or drawn
-    return [group for group, _ in chosen], RewardScores.joined([scores for _, scores in chosen]), seconds
+    return [group for group, _ in chosen], RewardScores.joined([scores for _, scores in chosen]), num_drawn, seconds
 
 
 def scores_of(scored: RewardScores, settings: PolicySettings) -> Tensor:

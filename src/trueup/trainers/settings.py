@@ -171,7 +171,7 @@ class TrainSettings(TextSettings, RunSettings):
 
 MAY_CHANGE = (
     *("resume", "quiet", "output", "keep_checkpoints", "save_every", "max_skipped_steps"),
-    *("tokens_per_batch", "gradient_checkpointing", "tracker", "tracker_project"),
+    *("tokens_per_batch", "gradient_checkpointing", "tracker", "tracker_project", "reward_timeout"),
 )
 """What a resumed run may set otherwise than the run that it goes on with: nothing that changes what is computed."""
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trueup.errors import SettingsError
 from trueup.models.adapters import add_lora, merge_and_save
-from trueup.models.load import LoadedModel, disable_dropout, load_model
+from trueup.models.load import LoadedModel, disable_dropout, load_model, resolve_device, resolve_dtype
+from trueup.models.precision import round_parameters
 from trueup.trainers.settings import TrainSettings
 
 
@@ -37,8 +38,13 @@ def load_trained(
     source: Any = settings.model
     if model is not None and tokenizer is not None:
         source = LoadedModel(model, tokenizer, type(model).__name__)
-    loaded = load(source, dtype=settings.dtype, device=settings.device)
+    # What is trained begins as it is stored. Below an adapter nothing is trained, and an object is what it is.
+    stored = isinstance(source, str) and not settings.lora_rank
+    dtype = resolve_dtype(settings.dtype, resolve_device(settings.device))
+    loaded = load(source, dtype="float32" if stored else settings.dtype, device=settings.device)
     model, tokenizer = loaded.model, loaded.tokenizer
+    if stored:
+        round_parameters(model, dtype)
     if not dropout:
         disable_dropout(model)
     if settings.lora_rank:

@@ -105,7 +105,9 @@ def take_namespaces() -> None:
     helper = os.fork() if uid == 0 else None
     if helper == 0:
         # Only a process that stayed outside, and is root there, may map a second user.
-        os.read(unshared_read, 1)
+        os.close(unshared_write)
+        if not os.read(unshared_read, 1):
+            os._exit(1)
         try:
             for kind in ("uid", "gid"):
                 Path(f"/proc/{pid}/{kind}_map").write_text(f"0 0 1\n{NOBODY} {NOBODY} 1\n")

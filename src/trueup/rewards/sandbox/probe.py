@@ -1,7 +1,12 @@
-"""Tries to break out, inside: prints the names of the limits that do not hold. The job is a path that is outside."""
+"""Tries to break out, inside: prints the names of the limits that do not hold.
 
+The job, on descriptor 3, is a JSON object: ``limits``, those that have to hold, ``folder``, one that is there outside,
+and ``port``, on which somebody outside listens.
+"""
+
+import ctypes
+import json
 import os
-import resource
 import signal
 import socket
 from collections.abc import Callable
@@ -17,11 +22,11 @@ def breaks(attempt: Callable[[], object]) -> bool:
     return True
 
 
-def start_processes() -> None:
-    """One more than is allowed, all of them alive at once."""
+def start_processes(count: int) -> None:
+    """So many, all of them alive at once."""
     started = []
     try:
-        for _ in range(resource.getrlimit(resource.RLIMIT_NPROC)[0]):
+        for _ in range(count):
             pid = os.fork()
             if pid == 0:
                 signal.pause()
@@ -36,21 +41,33 @@ def write_files(count: int, size: int) -> None:
         Path(f"{size}-{index}").write_bytes(bytes(size))
 
 
+def writable() -> None:
+    if os.statvfs("/usr").f_flag & os.ST_RDONLY:
+        raise OSError
+
+
+def filtered() -> None:
+    """A call that needs no privileges."""
+    if ctypes.CDLL(None).memfd_create(b"probe", 0) == -1:
+        raise OSError
+
+
 def main() -> None:
     with os.fdopen(3) as file:
-        outside = file.read()
-    of_file, of_memory = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_FSIZE, resource.RLIMIT_AS))
-    disk = os.statvfs(".")
+        job = json.load(file)
+    limits = job["limits"]
+    of_file = limits["file_bytes"]
     attempts: dict[str, Callable[[], object]] = {
-        "network": lambda: socket.create_connection(("127.0.0.1", 9), 1),
-        "files outside": Path(outside).stat,
-        "read-only system": Path("/usr/trueup-probe").touch,
-        "processes": start_processes,
-        "memory": lambda: bytearray(of_memory),
+        "network": lambda: socket.create_connection(("127.0.0.1", job["port"]), 1),
+        "files outside": Path(job["folder"]).stat,
+        "read-only system": writable,
+        "processes": lambda: start_processes(limits["num_processes"]),
+        "memory": lambda: bytearray(limits["memory_bytes"]),
         "size of a file": lambda: write_files(1, of_file + 1),
-        "size of all files": lambda: write_files(1 + disk.f_blocks * disk.f_bsize // of_file, of_file),
-        "number of files": lambda: write_files(disk.f_files + 1, 0),
-        "privileges": lambda: os.setuid(0) if os.getuid() else os.chroot("/"),
+        "size of all files": lambda: write_files(1 + limits["disk_bytes"] // of_file, of_file),
+        "number of files": lambda: write_files(limits["num_files"] + 1, 0),
+        "privileges": lambda: os.chroot("/"),
+        "system calls": filtered,
     }
     print(", ".join(name for name, attempt in attempts.items() if breaks(attempt)))
 

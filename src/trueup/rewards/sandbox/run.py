@@ -14,6 +14,7 @@ import json
 import os
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -52,7 +53,9 @@ class Limits:
     """Standard output, standard error and outcomes, each."""
 
 
-PROBED = Limits(disk_bytes=4 * MEBI, file_bytes=MEBI)
+PROBED = Limits(
+    wall_seconds=60, num_processes=8, memory_bytes=256 * MEBI, disk_bytes=4 * MEBI, file_bytes=MEBI, num_files=64
+)
 """What ``check_confinement`` tries out: small, so that it is quick."""
 
 
@@ -156,8 +159,10 @@ def check_confinement() -> None:
     """Try out that every limit holds here. Raises ``RewardError`` with one that doesn't, or with what is missing."""
     if sys.platform != "linux":
         raise refusal(f"this is {sys.platform}, not Linux")
-    with tempfile.TemporaryDirectory() as outside, confined(source_of(probe), job=outside, limits=PROBED) as running:
-        ran, setup = collect(running, PROBED)
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
+        job = json.dumps({"limits": asdict(PROBED), "folder": folder, "port": server.getsockname()[1]})
+        with confined(source_of(probe), job=job, stdin="", limits=PROBED) as running:
+            ran, setup = collect(running, PROBED)
     if setup or not ran.in_order:
         reason = setup or ran.stderr or f"the trial ended with {ran.stopped or ran.exit_code}".encode()
         raise refusal(reason.decode(errors="replace").strip().splitlines()[-1])

@@ -12,14 +12,19 @@ breaks the interpreter costs its own score and nothing else.
 
 import functools
 import json
+import math
 import os
 import resource
+import secrets
 import selectors
 import signal
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+PATIENCE = 3
+"""How many times its processor time an answer may take: on a machine that is busy, time passes without work."""
 
 Scorer = Callable[..., Callable[[], "float | None"]]
 """Takes a request and gives what scores the answer in it: only that sees the answer, and runs in the fork."""
@@ -80,8 +85,8 @@ def gym_scorer() -> Scorer:
 SCORERS: dict[str, Callable[[], Scorer]] = {"math": math_scorer, "reasoning-gym": gym_scorer}
 
 
-def start(score: Callable[[], "float | None"], seconds: float, memory_bytes: int) -> tuple[int, int]:
-    """A process that scores an answer, and the pipe on which it says so."""
+def start(score: Callable[[], "float | None"], key: str, seconds: float, memory_bytes: int) -> tuple[int, int]:
+    """A process that scores an answer, and the pipe on which it says so, with the key."""
     readable, writable = os.pipe()
     pid = os.fork()
     if pid:
@@ -94,22 +99,23 @@ def start(score: Callable[[], "float | None"], seconds: float, memory_bytes: int
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 2))
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds) + 1))
         try:
             answer: list[Any] = ["score", score()]
         except Exception as error:
             answer = ["ended", f"{type(error).__name__}: {error}"[:500]]
-        os.write(3, json.dumps(answer).encode())
+        os.write(3, json.dumps([key, *answer]).encode())
     finally:
         os._exit(0)
 
 
-def read_answer(content: bytes) -> list[Any]:
+def read_answer(content: bytes, key: str) -> list[Any]:
+    """What a process says, if it has the key and is a score in [0, 1], None, or why there is none."""
     try:
-        kind, value = json.loads(content)
-        if kind == "ended" or value is None or isinstance(value, (int, float)):
+        said, kind, value = json.loads(content)
+        if said == key and (kind == "ended" or value is None or 0 <= float(value) <= 1):
             return [kind, value]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         pass
     return ["ended", "the scorer came to an end without a score"]
 
@@ -118,9 +124,11 @@ def score_all(
     scorer: Scorer, requests: list[list[Any]], seconds: float, memory_bytes: int, at_once: int
 ) -> list[list[Any]]:
     """The outcome of every request, ``at_once`` of them at a time."""
-    outcomes: list[list[Any]] = [["ended", f"no score within {seconds:g} s"] for _ in requests]
+    late = ["ended", f"no score within {seconds:g} s"]
+    outcomes: list[list[Any]] = [late] * len(requests)
     waiting = list(reversed(range(len(requests))))
     running: dict[int, tuple[int, int, float]] = {}  # pipe → process, request, deadline
+    key = secrets.token_hex(16)  # so that an answer that is evaluated can't write a score of its own without looking
     with selectors.DefaultSelector() as selector:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -130,8 +138,8 @@ def score_all(
                 except Exception as error:
                     outcomes[index] = ["failed", f"{type(error).__name__}: {error}"]
                     continue
-                pid, pipe = start(score, seconds, memory_bytes)
-                running[pipe] = pid, index, time.monotonic() + seconds
+                pid, pipe = start(score, key, seconds, memory_bytes)
+                running[pipe] = pid, index, time.monotonic() + PATIENCE * seconds
                 selector.register(pipe, selectors.EVENT_READ)
             wait = min((deadline for _, _, deadline in running.values()), default=0.0) - time.monotonic()
             ready = {key.fd for key, _ in selector.select(max(0.0, wait))}
@@ -139,9 +147,11 @@ def score_all(
                 if pipe not in ready and time.monotonic() < deadline:
                     continue
                 if pipe in ready:
-                    outcomes[index] = read_answer(os.read(pipe, 4096))
+                    outcomes[index] = read_answer(os.read(pipe, 4096), key)
                 os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+                _, status = os.waitpid(pid, 0)
+                if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+                    outcomes[index] = late
                 selector.unregister(pipe)
                 os.close(pipe)
                 del running[pipe]
