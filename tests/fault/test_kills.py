@@ -187,7 +187,7 @@ def test_killed_at_ten_random_moments(loop: str, seed: int, ends, data, pairs_fi
 def test_online_killed_at_random_moments(recipe: str, seed: int, ends, questions, tmp_path):
     """More moments than ten: on a busy machine the run may be over before the last ones."""
     random = np.random.default_rng([seed, len(recipe)])
-    settings = IN_AND_BETWEEN_ROLLOUTS | questions | ONLINE[recipe] | {"recipe": recipe, "max_steps": 120}
+    settings = IN_AND_BETWEEN_ROLLOUTS | questions | ONLINE[recipe] | {"recipe": recipe, "max_steps": 64}
     kills: list[Any] = [float(random.uniform(0.01, 0.08)) for _ in range(6)]
     kills += [[*ONLINE_POINTS[random.integers(len(ONLINE_POINTS))], int(random.integers(1, 3))] for _ in range(8)]
     assert check("rl", [kills[index] for index in random.permutation(14)], ends, settings, tmp_path) >= 10
