@@ -162,13 +162,13 @@ class Cohort:
                 self._grid = Grid(self._put(rows), self._put(places))
         return self._grid
 
-    def prompt_bias(self, window: int | None) -> Tensor | None:
+    def prompt_bias(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """[N, P]: 0 where the next token sees the prompt's key, ``HIDDEN`` elsewhere; None if all see all."""
         column, lengths = np.arange(self.width), self.lengths[:, None]
         seen = column < lengths
         if window is not None:
             seen = seen & (lengths + self.age - column < window)
-        return None if seen.all() else self._put(np.where(seen, 0.0, HIDDEN).astype(np.float32))
+        return None if seen.all() else self._put(np.where(seen, 0.0, HIDDEN)).to(dtype)
 
     def _put(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -243,7 +243,7 @@ class StepLayout:
         outs, start = [], 0
         for number, cohort in enumerate(self.cohorts):
             if (number, window) not in self.biases:
-                self.biases[number, window] = cohort.prompt_bias(window)
+                self.biases[number, window] = cohort.prompt_bias(window, query.dtype)
             q, k, v = (each[0, :, start : start + len(cohort.group)].transpose(0, 1) for each in (query, key, value))
             layer = cohort.layers[self.layer]
             keys, values = cohort.append(layer, k, v)

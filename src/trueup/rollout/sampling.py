@@ -178,13 +178,13 @@ def block_sums(weights: Float[Tensor, "r v"]) -> Float[Tensor, "r blocks"]:
 def _search(weights: Tensor, goal: Tensor, *, relative: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Where the cumulative weight passes the goal, how far the goal lies behind its beginning, and the total."""
     cumulative = weights.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1]
-    goal = goal * total if relative else goal
-    passed = (cumulative <= goal[:, None]).sum(-1)
-    last = (cumulative < total[:, None]).sum(-1)  # the last one with any weight
+    total = cumulative[:, -1:].contiguous()
+    goal = goal[:, None] * total if relative else goal[:, None]
+    passed = torch.searchsorted(cumulative, goal, right=True)
+    last = torch.searchsorted(cumulative, total)  # the last one with any weight
     index = torch.minimum(passed, last)
-    begin = torch.where(index > 0, _at(cumulative, (index - 1).clamp_min(0)), 0.0)
-    return index, goal - begin, total
+    begin = cumulative.gather(-1, (index - 1).clamp_min(0)).masked_fill_(index == 0, 0)
+    return index[:, 0], (goal - begin)[:, 0], total[:, 0]
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:
