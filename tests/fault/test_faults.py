@@ -887,7 +887,8 @@ def _(home: Home) -> list[str]:
 
 
 @fault(
-    "no memory to sample", r"out of memory while sampling, with room for 48 tokens at once\n  → start anew with --max-batch-tokens 24"
+    "no memory to sample",
+    r"out of memory while sampling, with room for 48 tokens at once\n  → start anew with --max-batch-tokens 24",
 )
 def _(home: Home) -> list[str]:
     home.patch.setattr("trueup.rollout.torch_engine.TorchEngine._sample", no_memory)
@@ -1090,19 +1091,25 @@ def test_a_damaged_checkpoint_costs_only_its_own_steps(home: Home, origin: Path)
     assert runs[0] == runs[1]
 
 
-def test_a_reward_that_fails_costs_no_step(home: Home, origin: Path, capfd: pytest.CaptureFixture[str]):
-    """It fails in the third rollout: what the second taught is saved, and the run ends as it would have."""
-    calls = Reward.call
+@pytest.mark.parametrize(("call", "saved"), [(1, "step-000004"), (2, "step-000006")])
+def test_a_reward_that_fails_costs_no_step(
+    call: int, saved: str, home: Home, origin: Path, capfd: pytest.CaptureFixture[str]
+):
+    """In the third rollout, or in the last evaluation: what was learned is saved, and the run ends as it would."""
+    called, count = Reward.call, 0
 
     def failing(reward: Reward, samples: Any) -> Any:
-        home.write("broken", "")
-        return calls(reward, samples)
+        nonlocal count
+        count += 1
+        if count == call:
+            home.write("broken", "")
+        return called(reward, samples)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Reward, "call", failing)
         assert run(resumed_online("--save-every", "99")) == 2
     assert "the disk with the answers is gone" in capfd.readouterr().err
-    assert sorted(path.name for path in home.path.glob("online/checkpoints/*"))[-1] == "step-000004"
+    assert sorted(path.name for path in home.path.glob("online/checkpoints/*"))[-1] == saved
     (home.path / "broken").unlink()
     assert run(resumed_online("--save-every", "99", "--quiet")) == 0
     assert metrics_of(home.path / "online") == metrics_of(origin / "online")

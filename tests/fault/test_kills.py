@@ -159,7 +159,7 @@ def test_killed_in_a_step_in_evaluation_and_in_a_checkpoint(loop: str, ends, dat
 
 
 def test_killed_in_sampling_scoring_learning_and_evaluation(ends, questions, tmp_path):
-    """A kill of each kind: in the second rollout three times, gone on with from step 3, and in the third, from step 9."""
+    """A kill of each kind: in the second rollout three times, gone on with from step 3; in the third, from step 9."""
     settings = IN_AND_BETWEEN_ROLLOUTS | questions | ONLINE["ppo"] | ONLINE["gspo"]
     settings |= {"recipe": "ppo", "learning_rate": 0.05, "lr_schedule": "constant"}  # every step shows in samples
     kills = [[*IN_SCORING, 5], [*IN_SAMPLING, 25], [*IN_AN_UPDATE, 5], [*IN_ONLINE_EVALUATION, 4], [*IN_A_SYNC, 12]]
@@ -187,7 +187,7 @@ def test_killed_at_ten_random_moments(loop: str, seed: int, ends, data, pairs_fi
 def test_online_killed_at_random_moments(recipe: str, seed: int, ends, questions, tmp_path):
     """More moments than ten: on a busy machine the run may be over before the last ones."""
     random = np.random.default_rng([seed, len(recipe)])
-    settings = IN_AND_BETWEEN_ROLLOUTS | questions | ONLINE[recipe] | {"recipe": recipe, "max_steps": 120}
+    settings = IN_AND_BETWEEN_ROLLOUTS | questions | ONLINE[recipe] | {"recipe": recipe, "max_steps": 64}
     kills: list[Any] = [float(random.uniform(0.01, 0.08)) for _ in range(6)]
     kills += [[*ONLINE_POINTS[random.integers(len(ONLINE_POINTS))], int(random.integers(1, 3))] for _ in range(8)]
     assert check("rl", [kills[index] for index in random.permutation(14)], ends, settings, tmp_path) >= 10

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ def train_policy(
 
     def evaluate(step: int) -> None:
         nonlocal evaluated
-        evaluated = evaluate_policy(session, settings, players, inputs, progress, step)
+        with kept(step):
+            evaluated = evaluate_policy(session, settings, players, inputs, progress, step)
 
     def save(step: int) -> None:
         in_the_middle = step % settings.steps_per_rollout != 0
@@ -103,11 +104,13 @@ def train_policy(
         save_trained(policy, tokenizer, folder)
         save_critic(players, tokenizer, folder)
 
-    def rolled_out(step: int) -> tuple[Experience, dict[str, float]]:
+    @contextmanager
+    def kept(step: int) -> Iterator[None]:
+        """What was learned up to this step is not lost for a reward that fails."""
         try:
-            return roll_out(step // settings.steps_per_rollout, settings, algorithm, players, inputs, moving, progress)
+            yield
         except (RewardError, OutOfMemoryError):
-            if step > start:  # what was learned is not lost for a reward that fails
+            if step > start:
                 save(step)
             raise
 
@@ -116,12 +119,13 @@ def train_policy(
     warn(settings, inputs.num_steps, session.say)
     open_critic = closing(critic) if critic else nullcontext()
     with closing(stepper), open_critic, session.running(start, inputs.num_steps) as progress:
-        if start == 0:
-            evaluate(0)
+        if start == 0 or session.lacks_evaluation(start, inputs.num_steps):
+            evaluate(start)
         for step in range(start, inputs.num_steps):
             number, inner = divmod(step, settings.steps_per_rollout)
             if inner == 0:
-                x, metrics = rolled_out(step)
+                with kept(step):
+                    x, metrics = roll_out(number, settings, algorithm, players, inputs, moving, progress)
                 for alarm in alarms.heard(metrics):
                     progress.say(alarm)
             assert x is not None

@@ -170,6 +170,13 @@ class Session:
         if self.interrupt.requested:
             raise self.stopped(done)
 
+    def lacks_evaluation(self, step: int, num_steps: int) -> bool:
+        """Whether the run was saved at a step that was to be evaluated, and the evaluation failed."""
+        return (step == num_steps or due(step, self.settings.eval_every)) and not any(
+            line["step"] == step and any(name.startswith("eval_") for name in line)
+            for line in read_metrics(self.folder.metrics)
+        )
+
     def skipped(self, groups: Sequence[CompletionGroup], step: int, counters: Counters) -> None:
         """Keep the tokens of a batch whose loss or gradient was not finite, for a look at them.
 
