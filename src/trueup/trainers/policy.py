@@ -150,6 +150,7 @@ def train_policy(
                     "grad_norm": grad_norm,
                     "learning_rate": learning_rate,
                     "kl_coef": moving.kl_coef,
+                    **({"penalty_coef": moving.penalty_coef} if settings.penalty_target else {}),
                     "epoch": moving.num_drawn / len(inputs.requests),
                     **vars(counters),
                     **alarms.metrics,
