@@ -129,7 +129,7 @@ RECIPES: dict[str, Recipe] = {
         advantages="process_normalized",
         surrogate="clipped",
         reduce="sequence_mean",
-        traits={"smallest_group": 2, "steps": True},
+        traits={"smallest_group": 2, "steps": True, "kl_in_reward": False},
         settings=GRPO,
     ),
     "dr_grpo": Recipe(
@@ -154,9 +154,9 @@ RECIPES: dict[str, Recipe] = {
         summary="clipped ratio of the whole completion × (reward − mean)/std, no KL",
         source="Zheng et al. 2025 (arXiv 2507.18071)",
         advantages="group_normalized",
-        surrogate="sequence_clipped",
+        surrogate="clipped",
         reduce="sequence_mean",
-        traits={"smallest_group": 2},
+        traits={"smallest_group": 2, "whole_ratio": True},
         settings=NO_KL | {"clip_low": 3e-4, "clip_high": 4e-4},
     ),
     "cispo": Recipe(
@@ -166,7 +166,7 @@ RECIPES: dict[str, Recipe] = {
         surrogate="cispo",
         reduce="token_mean",
         traits={"smallest_group": 2},
-        settings=NO_KL | {"clip_high": 4.0},
+        settings=NO_KL | {"clip_low": 1.0, "clip_high": 4.0},
     ),
     "rft": Recipe(
         summary="log-prob of right completions of the starting model (rejection sampling fine-tuning)",
@@ -174,7 +174,7 @@ RECIPES: dict[str, Recipe] = {
         advantages="right_ones",
         surrogate="log_prob",
         reduce="token_mean",
-        traits={"samples_from": "start"},
+        traits={"samples_from": "start", "kl_in_reward": False},
         settings={"group_size": 8},
     ),
     "online_rft": Recipe(
@@ -183,6 +183,7 @@ RECIPES: dict[str, Recipe] = {
         advantages="right_ones",
         surrogate="log_prob",
         reduce="token_mean",
+        traits={"kl_in_reward": False},
         settings={"group_size": 8},
     ),
     "best_of_n": Recipe(

@@ -6,7 +6,6 @@ import functools
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from trueup.rewards.built_in import Length
 from trueup.rewards.rewards import Rewards
 from trueup.runs.folder import read_metrics
 from trueup.trainers.fingerprint import rewards_fingerprint
-from trueup.trainers.policy import end_rollout
+from trueup.trainers.policy import adapt
 from trueup.trainers.policy_settings import PolicySettings
 from trueup.trainers.rollouts import Moving
 
@@ -75,12 +74,11 @@ def test_the_critic_of_a_run_starts_the_next(tiny_model: str, prompts: str, outp
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_step_that_was_skipped_moves_no_coefficient(broken: float):
-    players: Any = SimpleNamespace(take_policy_to_engine=lambda: None)
     moving = Moving(kl_coef=0.05, penalty_coef=1.0)
     settings = PolicySettings(kl_coef=0.05, kl_target=1.0, penalty_target=0.01)
-    end_rollout(0, settings, players, moving, {"objective/kl": broken, "approx_kl": broken})
+    adapt(settings, moving, {"objective/kl": broken, "approx_kl": broken})
     assert (moving.kl_coef, moving.penalty_coef) == (0.05, 1.0)
-    end_rollout(0, settings, players, moving, {"objective/kl": 9.0, "approx_kl": 1.0})
+    adapt(settings, moving, {"objective/kl": 9.0, "approx_kl": 1.0})
     assert moving.kl_coef > 0.05
     assert moving.penalty_coef == 2.0
 

@@ -147,7 +147,7 @@ class Cohort:
 
     @property
     def grid(self) -> Grid | int:
-        """How the rows stand: the number of each prompt's completions where these follow each other, else a ``Grid``."""
+        """How the rows stand: each prompt's number of completions where these follow each other, else a ``Grid``."""
         if self._grid is None:
             counts = np.bincount(self.group, minlength=len(self.lengths))
             if np.array_equal(self.group, np.repeat(np.arange(len(counts)), counts[0])):

@@ -1,7 +1,7 @@
 """Linear layers with their weights laid out as a CPU's matrix units read them.
 
-A product of few rows takes as long as laying out the weights for it, which oneDNN does anew in every call; done once for
-all steps between two updates, the vocabulary's product of 64 rows takes 1.4 ms in place of 3.5.
+A product of few rows takes as long as laying out the weights for it, which oneDNN does anew in every call. Done once
+for all steps between two updates, 64 rows times 288 × 32,000 take 1.4 ms in place of 3.5 (one thread, cold cache).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def pack_linears(model: nn.Module) -> None:
     A layer's class becomes a subclass of it: weights, names and hooks are what they were.
     """
     for module in model.modules():
-        if type(module) in (nn.Linear, PackedLinear) and _can_pack(module.weight.dtype, module.weight.device.type):
+        if isinstance(module, nn.Linear) and type(module) in (nn.Linear, PackedLinear) and _can_pack(module.weight):
             module.__class__ = PackedLinear
             module.packed = pack(module.weight)
 
@@ -44,13 +44,16 @@ def multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
 
 
+def _can_pack(weight: Tensor) -> bool:
+    native = weight.dtype == torch.bfloat16 and cpu_multiplies(torch.bfloat16)
+    return weight.device.type == "cpu" and native and _packs_right()
+
+
 @cache
-def _can_pack(dtype: torch.dtype, device: str) -> bool:
+def _packs_right() -> bool:
     """Whether PyTorch has these operations, which are those of its compiler, and they multiply."""
-    if device != "cpu" or dtype != torch.bfloat16 or not cpu_multiplies(dtype):
-        return False
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(size, generator=generator).to(dtype) for size in ((5, 32), (48, 32), (48,)))
+    x, weight, bias = (torch.randn(size, generator=generator).bfloat16() for size in ((5, 32), (48, 32), (48,)))
     try:
         found: Any = multiply(x, pack(weight), bias)
     except (AttributeError, RuntimeError, TypeError):

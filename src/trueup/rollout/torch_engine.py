@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -47,11 +47,12 @@ class TorchEngine:
 
     ``tokenizer``: needed for stop strings only. ``max_batch_tokens``: the most tokens whose keys and values are held at
     once, a completion counted with the most that it can get; None: as many as 2 GiB hold (8 GiB on a GPU).
-    ``dtype``: of the copy, "auto" being bfloat16 where the hardware multiplies it. Weights that have this type already
-    are not copied but shared with the model: what it learns is sampled from at once.
+    ``dtype``: of the copy, "auto" being bfloat16 where the hardware multiplies it, "same" the model's own. Weights of
+    this type share the model's memory, but may be laid out anew for products (``trueup.rollout.packing``): what the
+    model learns is sampled from after ``update_weights``.
 
-    Raises ``SettingsError`` for a bad setting, ``ModelError`` if no way of decoding reproduces the model's plain forward
-    pass.
+    Raises ``SettingsError`` for a bad setting, ``ModelError`` if no way of decoding reproduces the model's plain
+    forward pass.
     """
 
     def __init__(
@@ -60,17 +61,17 @@ class TorchEngine:
         tokenizer: Any = None,
         *,
         max_batch_tokens: int | None = None,
-        dtype: DtypeName = "auto",
+        dtype: DtypeName | Literal["same"] = "auto",
     ) -> None:
         if max_batch_tokens is not None and max_batch_tokens < 1:
             raise SettingsError(f"{max_batch_tokens} is out of range", where="max_batch_tokens", way_out="1 or more")
         self.tokenizer = tokenizer
-        device = plain_model(model).device
-        self.model = sampling_copy(model, resolve_dtype(dtype, device))
+        given = plain_model(model)
+        self.device: torch.device = given.device
+        self.model = sampling_copy(model, given.dtype if dtype == "same" else resolve_dtype(dtype, self.device))
         self.decoder = _prepare_decoder(self.model)
         pack_linears(self.model)
         self.max_batch_tokens = max_batch_tokens
-        self.device = device
 
     def update_weights(self, model: nn.Module) -> None:
         """Take over the weights of a model of the same shape, in place; adapters are merged into what they adapt.
@@ -124,7 +125,7 @@ class TorchEngine:
         written: list[list[Any]] = [[None] * sampling.num_completions for _ in prompts]
         running: list[tuple[Any, np.ndarray]] = []
         tokens = torch.empty(0, dtype=torch.int64, device=self.device)
-        seen = self._seen([], sampling)
+        seen = self._seen([]) if sampling.repetition_penalty != 1 else None
         while waiting or running:
             states = [self.decoder.step([cohort for cohort, _ in running], tokens)] if running else []
             for orders in self._admitted(waiting, sum(cohort.reserved for cohort, _ in running), budget):
@@ -135,7 +136,7 @@ class TorchEngine:
                 states.append(state)
                 if seen is not None:
                     repeated = [prompts[order.prompt] for order in orders for _ in order.completions]
-                    seen = torch.cat([seen, self._seen(repeated, sampling)])
+                    seen = torch.cat([seen, self._seen(repeated)])
             rows = np.concatenate([rows for _, rows in running])
             sampled = self._sample(torch.cat(states), lines.draw(rows), sampling, seen)
             lines.write(rows, sampled)
@@ -230,10 +231,8 @@ class TorchEngine:
         for _ in range(count):
             waiting.popleft()
 
-    def _seen(self, prompts: Sequence[np.ndarray], sampling: SamplingParams) -> Tensor | None:
-        """Which tokens each prompt holds, bool [R, V], if anything depends on it."""
-        if sampling.repetition_penalty == 1:
-            return None
+    def _seen(self, prompts: Sequence[np.ndarray]) -> Tensor:
+        """Which tokens each prompt holds: bool [R, V]."""
         seen = np.zeros((len(prompts), embedding_rows(self.model)), dtype=bool)
         for row, prompt in zip(seen, prompts, strict=True):
             row[prompt] = True

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trueup.objectives import advantages, divergence, policy_gradient, preference, reduce, returns
-from trueup.trainers.experience import Experience
+from trueup.trainers.experience import Experience, first_tokens
 from trueup.trainers.policy_settings import KLForm, PolicySettings
 from trueup.trainers.tally import Totals
 
@@ -29,7 +29,7 @@ class Learned:
     """A micro-batch of a rollout under the current policy: c rows, t columns.
 
     ``logprobs`` and ``entropy`` carry gradient. ``advantages`` are weighted for the sampler's error already
-    (``importance``). All are 0 outside of ``mask``.
+    (``importance``), and 0 outside of ``mask``: the tokens that are learned from.
     """
 
     logprobs: Tensor
@@ -41,10 +41,14 @@ class Learned:
     entropy: Tensor | None = None
     penalty_coef: float = 0.0
     """The present coefficient of the KL to the policy that sampled."""
+    whole_ratio: bool = False
+    """Whether the ratio is the completion's, as ``Algorithm`` says."""
 
     @property
     def ratio(self) -> Tensor:
-        return policy_gradient.ratio(self.logprobs, self.old_logprobs, self.mask)
+        """What is clipped: each token's ratio, or the whole completion's with the gradient of each token."""
+        ratio = policy_gradient.sequence_ratio_per_token if self.whole_ratio else policy_gradient.ratio
+        return ratio(self.logprobs, self.old_logprobs, self.mask)
 
 
 Advantages = Callable[[Experience, PolicySettings], Tensor]
@@ -64,6 +68,10 @@ class Algorithm:
     reduce: Reduction
     samples_from: Literal["policy", "start"] = "policy"
     """Who writes the completions: the policy as it learns, or the model that the run starts from."""
+    whole_ratio: bool = False
+    """Whether the ratio that is clipped is the completion's (GSPO) and not each token's."""
+    kl_in_reward: bool = True
+    """Whether the advantages see a KL that is in the reward."""
     critic: bool = False
     """Whether a critic is trained beside the policy."""
     reference: bool = False
@@ -164,14 +172,11 @@ def log_prob(x: Learned, settings: PolicySettings) -> Tensor:
 
 
 def clipped(x: Learned, settings: PolicySettings) -> Tensor:
-    """PPO's, with one ratio per token."""
-    return _clipped(x.ratio, x.advantages, settings)
-
-
-def sequence_clipped(x: Learned, settings: PolicySettings) -> Tensor:
-    """GSPO's: the ratio of the whole completion, with the gradient of each token."""
-    ratio = policy_gradient.sequence_ratio_per_token(x.logprobs, x.old_logprobs, x.mask)
-    return _clipped(ratio, x.advantages, settings)
+    """PPO's, and with the ratio of the whole completion GSPO's."""
+    bounds = {"clip_low": settings.clip_low, "clip_high": settings.clip_high}
+    if settings.dual_clip is None:
+        return policy_gradient.clipped_surrogate(x.ratio, x.advantages, **bounds)
+    return policy_gradient.dual_clipped_surrogate(x.ratio, x.advantages, **bounds, clip_ratio=settings.dual_clip)
 
 
 def penalized(x: Learned, settings: PolicySettings) -> Tensor:
@@ -182,24 +187,18 @@ def penalized(x: Learned, settings: PolicySettings) -> Tensor:
 
 def cispo(x: Learned, settings: PolicySettings) -> Tensor:
     """CISPO's: REINFORCE with a clipped weight."""
-    return policy_gradient.cispo(x.logprobs, x.ratio, x.advantages, clip_high=settings.clip_high)
+    bounds = {"clip_low": settings.clip_low, "clip_high": settings.clip_high}
+    return policy_gradient.cispo(x.logprobs, x.ratio, x.advantages, **bounds)
 
 
 def dpo_of_pairs(x: Learned, settings: PolicySettings) -> Tensor:
-    """DPO's loss of the best and the worst completion of each group: [n]."""
+    """DPO's loss of the best and the worst completion of each group: [n]; 0 where one of the two is not learned from."""
     assert x.ref_logprobs is not None
     log_ratios = reduce.sequence_sum(x.logprobs - x.ref_logprobs, x.mask).view(-1, x.group_size)
     sign = x.advantages.sum(-1).view(-1, x.group_size)
     chosen, rejected = (log_ratios.gather(-1, index[:, None])[:, 0] for index in (sign.argmax(-1), sign.argmin(-1)))
     losses = preference.dpo(chosen, rejected, beta=settings.kl_coef)
-    return torch.where((sign != 0).any(-1), losses, 0.0)
-
-
-def _clipped(ratio: Tensor, advantages: Tensor, settings: PolicySettings) -> Tensor:
-    bounds = {"clip_low": settings.clip_low, "clip_high": settings.clip_high}
-    if settings.dual_clip is None:
-        return policy_gradient.clipped_surrogate(ratio, advantages, **bounds)
-    return policy_gradient.dual_clipped_surrogate(ratio, advantages, **bounds, clip_ratio=settings.dual_clip)
+    return torch.where((sign > 0).any(-1) & (sign < 0).any(-1), losses, 0.0)
 
 
 # --- reductions
@@ -236,13 +235,11 @@ def group_mean(losses: Tensor, mask: Tensor, totals: Totals, settings: PolicySet
 def kl_loss(x: Learned, algorithm: Algorithm, totals: Totals, settings: PolicySettings) -> Tensor:
     """This micro-batch's share of the step's KL, in the form that the settings name.
 
-    The token forms are averaged as the surrogate is, as GRPO has it; the sequence forms over completions.
+    It is averaged as the surrogate is, so that β is the same in both: where a reduction divides the reward's gradient
+    by a number (of tokens, of the longest length), it divides the KL's by it too.
     """
     assert x.ref_logprobs is not None
-    per_token, exact = KL_LOSSES[settings.kl_form]
-    estimates = per_token(x)
-    average = sequence_sum if exact else algorithm.reduce
-    return average(estimates, x.mask, totals, settings)
+    return algorithm.reduce(KL_LOSSES[settings.kl_form](x), x.mask, totals, settings)
 
 
 def _per_token(estimate: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Learned], Tensor]:
@@ -260,19 +257,20 @@ def _weighted(
 
 
 def _sequence_k2(x: Learned) -> Tensor:
-    """At the last token of each completion, so that it is summed as the other forms are."""
+    """At the first token of each completion, so that it is summed as the other forms are."""
     assert x.ref_logprobs is not None
     whole = divergence.sequence_k2(x.logprobs, x.ref_logprobs, x.mask)
-    first = x.mask & (x.mask.cumsum(-1) == 1)
-    return torch.where(first, whole[:, None], 0.0)
+    return torch.where(first_tokens(x.mask), whole[:, None], 0.0)
 
 
-KL_LOSSES: dict[KLForm, tuple[Callable[[Learned], Tensor], bool]] = {
-    "token_k3": (_per_token(divergence.k3), False),
-    "token_k2": (_per_token(divergence.k2), False),
-    "weighted_k3": (_weighted(divergence.token_weighted, divergence.k3), False),
-    "prefix_k1": (_weighted(divergence.prefix_weighted, divergence.k1), True),
-    "prefix_k3": (_weighted(divergence.prefix_weighted, divergence.k3), True),
-    "sequence_k2": (_sequence_k2, True),
+KL_LOSSES: dict[KLForm, Callable[[Learned], Tensor]] = {
+    "token_k3": _per_token(divergence.k3),
+    "token_k2": _per_token(divergence.k2),
+    "weighted_k3": _weighted(divergence.token_weighted, divergence.k3),
+    "prefix_k1": _weighted(divergence.prefix_weighted, divergence.k1),
+    "prefix_k3": _weighted(divergence.prefix_weighted, divergence.k3),
+    "sequence_k2": _sequence_k2,
 }
-"""Of each form that is a loss: its value per token, and whether its sum over tokens is the exact KL of sequences."""
+"""Of each form that is a loss: its value per token. The sum of the last three over tokens has the gradient of the KL of
+sequences; a reduction that weighs completions by their length (``sequence_mean``) weighs that too, as it does with what
+is rewarded."""

@@ -117,6 +117,11 @@ def last_tokens(mask: Tensor) -> Tensor:
     return mask & (count == count[:, -1:])
 
 
+def first_tokens(mask: Tensor) -> Tensor:
+    """bool [C, T]: the first True of each row; of a row without one, none."""
+    return mask & (mask.cumsum(-1) == 1)
+
+
 class Unit(NamedTuple):
     """What goes through a model together: a prompt with some of its completions, and the rows that they have."""
 

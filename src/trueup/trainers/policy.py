@@ -35,7 +35,7 @@ from trueup.trainers.memory import memory_errors
 from trueup.trainers.players import Players, load_players, save_critic
 from trueup.trainers.policy_checks import check_fits, warn
 from trueup.trainers.policy_inputs import load_policy_inputs
-from trueup.trainers.policy_metrics import Alarms, learning_metrics
+from trueup.trainers.policy_metrics import Alarms, learning_metrics, not_clipped
 from trueup.trainers.policy_settings import PolicySettings
 from trueup.trainers.rollouts import Moving, mini_batch, roll_out
 from trueup.trainers.session import RunResult, guarded, open_session
@@ -157,14 +157,16 @@ def train_policy(
                     "tokens_per_second": tally.tokens / seconds,
                 }
                 session.log(metrics, step + 1)
-                shown = {"reward": x.scores.mean().item(), "loss": tally.loss}
+                shown = {name: metrics[name] for name in ("reward", "loss") if name in metrics}
                 progress.step(num_tokens=tally.tokens, metrics=shown)
                 if broken:
                     session.skipped([x.groups[index] for index in chosen], step + 1, counters)
+                if moving.stopped or inner + 1 == settings.steps_per_rollout:
+                    adapt(settings, moving, metrics)
             else:
                 progress.step()
             if inner + 1 == settings.steps_per_rollout:
-                end_rollout(number, settings, players, moving, metrics)
+                end_rollout(number, settings, players)
             session.after_step(step + 1, inputs.num_steps, evaluate=evaluate, save=save)
             metrics = {}
     return session.result(evaluated)
@@ -187,10 +189,9 @@ def learn(
     rows = [index * x.group_size + k for index in chosen for k in range(x.group_size)]
     totals = Totals(groups=len(chosen), completions=len(rows), tokens=int(x.learned[rows].sum()))
     tally = Tally()
+    wanted = taking_part(x, settings, algorithm)
     limit = sum(x.groups[index].num_tokens for index in chosen) if algorithm.whole_groups else settings.tokens_per_batch
-    for micro in passes(
-        units(x, chosen, taking_part(x, settings, algorithm), limit), settings.tokens_per_batch, players.device
-    ):
+    for micro in passes(units(x, chosen, wanted, limit), settings.tokens_per_batch, players.device):
         with memory_errors(settings, micro.groups, divisible=not algorithm.whole_groups):
             share, metrics = x.rewards.new_zeros(()), {}
             if not only_critic:
@@ -201,6 +202,8 @@ def learn(
                 regression.backward()
                 metrics |= explained
         tally.add(share, metrics, tokens=len(micro.batch.tokens), groups=micro.groups)
+    left_out = [row for row in rows if not wanted[row]]
+    tally.add(x.rewards.new_zeros(()), not_clipped(x, left_out, whole_ratio=algorithm.whole_ratio), tokens=0)
     return tally
 
 
@@ -239,12 +242,13 @@ def policy_loss(
     learned = Learned(
         logprobs=logprobs,
         old_logprobs=old,
-        advantages=rows(x.advantages) * importance(old - sampler, settings),
+        advantages=torch.where(rows(x.learned), rows(x.advantages) * importance(old - sampler, settings), 0.0),
         mask=rows(x.learned),
         group_size=x.group_size,
         ref_logprobs=None if x.ref_logprobs is None else rows(x.ref_logprobs),
         entropy=None if said.entropy is None else micro.batch.rows(said.entropy),
         penalty_coef=moving.penalty_coef,
+        whole_ratio=algorithm.whole_ratio,
     )
     loss = algorithm.reduce(algorithm.surrogate(learned, settings), learned.mask, totals, settings)
     metrics = learning_metrics(learned, sampler, settings)
@@ -284,11 +288,9 @@ def critic_loss(
 # --- between rollouts
 
 
-def end_rollout(
-    number: int, settings: PolicySettings, players: Players, moving: Moving, metrics: Mapping[str, float]
-) -> None:
-    """The engine samples from the new policy; coefficients move; the reference too, where it is time."""
-    players.take_policy_to_engine()
+def adapt(settings: PolicySettings, moving: Moving, metrics: Mapping[str, float]) -> None:
+    """The controllers' turn, after the last step that was made on a rollout: ``metrics`` are of that step. What is not
+    a finite number there moves nothing."""
     known = {name: value for name, value in metrics.items() if math.isfinite(value)}
     if settings.kl_target is not None and "objective/kl" in known:
         moving.kl_coef = policy_gradient.adapt_kl_leash(moving.kl_coef, known["objective/kl"], settings.kl_target)
@@ -296,6 +298,11 @@ def end_rollout(
         moving.penalty_coef = policy_gradient.adapt_kl_penalty(
             moving.penalty_coef, known["approx_kl"], settings.penalty_target
         )
+
+
+def end_rollout(number: int, settings: PolicySettings, players: Players) -> None:
+    """The engine samples from the new policy, which becomes the reference too where it is time."""
+    players.take_policy_to_engine()
     if settings.reference_every and (number + 1) % settings.reference_every == 0:
         players.take_policy_to_reference()
 

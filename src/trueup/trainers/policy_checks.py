@@ -25,6 +25,16 @@ def check_fits(settings: PolicySettings, algorithm: Algorithm) -> None:
             where="--truncated-completions",
             way_out="take a recipe with a critic (ppo), or terminal or masked",
         )
+    if settings.kl_coef > 0 and settings.kl_form == "reward" and not (algorithm.kl_in_reward or algorithm.reference):
+        raise SettingsError(
+            f"the advantages of recipe {settings.recipe} would not see a KL in the reward",
+            where="--kl-form",
+            way_out="--kl-form prefix_k3, for example, puts it into the loss",
+        )
+    if algorithm.reference and settings.kl_target is not None:
+        raise SettingsError(
+            f"β is part of the loss of recipe {settings.recipe} and stays", where="--kl-target", way_out="leave it out"
+        )
     if algorithm.reference and settings.kl_coef == 0:
         raise SettingsError(f"recipe {settings.recipe} needs a β above 0", where="--kl-coef")
     critics = ("critic", "critic_learning_rate", "critic_warmup", "value_clip", "gae_lambda")

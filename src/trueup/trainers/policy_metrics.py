@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from trueup.objectives import divergence, reduce
 from trueup.records import StopReason
+from trueup.rewards.samples import RewardScores
 from trueup.trainers.algorithms import Learned
-from trueup.trainers.experience import Experience
+from trueup.trainers.experience import Experience, first_tokens
 from trueup.trainers.policy_settings import PolicySettings
 
 
-def rollout_metrics(x: Experience, each: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """What was sampled and how it scored. ``each``: the scores of every reward by name, NaN where it says nothing."""
+def rollout_metrics(x: Experience, scored: RewardScores) -> dict[str, float]:
+    """What was sampled and how it scored: ``scored``, as the rewards gave it."""
     lengths = x.mask.sum(-1).float()
     ended = lengths[~x.truncated]
     spread = x.scores.amax(-1) - x.scores.amin(-1)
     metrics = {
-        "reward": x.scores.mean().item(),
-        "reward_std": x.scores.std(-1).mean().item() if x.group_size > 1 else x.scores.std(correction=0).item(),
+        **mean_and_std("reward", "reward_std", scored.total),
         "frac_reward_zero_std": (spread == 0).float().mean().item(),
         "completions/mean_length": lengths.mean().item(),
         "completions/min_length": lengths.min().item(),
@@ -35,13 +35,18 @@ def rollout_metrics(x: Experience, each: Mapping[str, np.ndarray]) -> dict[str, 
     }
     for name, length in (("mean", torch.mean), ("min", torch.min), ("max", torch.max)):
         metrics[f"completions/{name}_terminated_length"] = length(ended).item() if len(ended) else 0.0
-    for name, scores in each.items():
+    for name, scores in scored.each.items():
         said = scores[~np.isnan(scores)]
         if len(said):
-            metrics |= {f"rewards/{name}/mean": float(said.mean()), f"rewards/{name}/std": float(said.std())}
+            metrics |= mean_and_std(f"rewards/{name}/mean", f"rewards/{name}/std", said)
     if x.values is not None and x.returns is not None:
-        metrics |= critic_metrics(x)
+        metrics |= critic_metrics(x) | {"objective/scores": metrics["reward"]}
     return metrics
+
+
+def mean_and_std(mean: str, std: str, values: np.ndarray) -> dict[str, float]:
+    """Of all values together, the sample's standard deviation as TRL has it; 0 of a single one."""
+    return {mean: float(values.mean()), std: float(values.std(ddof=1)) if len(values) > 1 else 0.0}
 
 
 def critic_metrics(x: Experience) -> dict[str, float]:
@@ -55,7 +60,6 @@ def critic_metrics(x: Experience) -> dict[str, float]:
     ends = [completion.stop_reason is StopReason.END for group in x.groups for completion in group.completions]
     return {
         "explained_variance": 1.0 - left / variance if variance > 0 else 0.0,
-        "objective/scores": x.scores.mean().item(),
         "objective/rlhf_reward": x.totals.mean().item(),
         "objective/non_score_reward": (x.totals - x.scores).mean().item(),
         "val/num_eos_tokens": float(sum(ends)),
@@ -65,15 +69,16 @@ def critic_metrics(x: Experience) -> dict[str, float]:
 @torch.no_grad()
 def learning_metrics(x: Learned, sampler_logprobs: Tensor, settings: PolicySettings) -> dict[str, Tensor]:
     """How far the policy is from the one that sampled, from the sampler and from the reference: a value per token, or
-    per completion."""
+    per completion; of those that were computed, see ``not_clipped``."""
     mask, ratio = x.mask, x.ratio
-    below = (ratio < 1 - settings.clip_low) & (x.advantages < 0)
-    above = (ratio > 1 + settings.clip_high) & (x.advantages > 0)
+    counted = first_tokens(mask) if x.whole_ratio else mask
+    below = ((ratio < 1 - settings.clip_low) & (x.advantages < 0))[counted]
+    above = ((ratio > 1 + settings.clip_high) & (x.advantages > 0))[counted]
     gap = (x.old_logprobs - sampler_logprobs)[mask]
     metrics = {
-        "clip_ratio/low_mean": below[mask].float(),
-        "clip_ratio/high_mean": above[mask].float(),
-        "clip_ratio/region_mean": (below | above)[mask].float(),
+        "clip_ratio/low_mean": below.float(),
+        "clip_ratio/high_mean": above.float(),
+        "clip_ratio/region_mean": (below | above).float(),
         "approx_kl": divergence.k3_of_old(x.logprobs, x.old_logprobs)[mask],
         "sampling/sampling_logp_difference/mean": gap.abs(),
         "sampling/importance_sampling_ratio/mean": gap.exp(),
@@ -84,6 +89,14 @@ def learning_metrics(x: Learned, sampler_logprobs: Tensor, settings: PolicySetti
     if x.entropy is not None:
         metrics["policy/entropy_avg"] = x.entropy[mask]
     return metrics
+
+
+def not_clipped(x: Experience, rows: Sequence[int], *, whole_ratio: bool) -> dict[str, Tensor]:
+    """What completions add to the metrics that were left out because their advantages are 0: nothing of them is
+    clipped."""
+    left_out = x.learned[list(rows)]
+    none = x.rewards.new_zeros(int((first_tokens(left_out) if whole_ratio else left_out).sum()))
+    return {f"clip_ratio/{name}_mean": none for name in ("low", "high", "region")}
 
 
 @dataclass

@@ -161,6 +161,8 @@ class PolicySettings(RewardChoice, TrainSettings):
             )
         check_used(self, False, "an offline loop", "streaming", "sample_tokens", "train_turns")
         check_used(self, self.kl_coef > 0, "--kl-coef", "kl_target", "reference_every")
+        several = self.steps_per_rollout > 1
+        check_used(self, several, "several steps per rollout (--num-mini-batches, --inner-epochs)", "target_kl")
         check_used(self, self.importance != "none", "--importance", "importance_cap")
         check_used(self, self.filter_groups, "--filter-groups", "max_draws")
         self.sampling()

@@ -34,7 +34,7 @@ from trueup.trainers.inputs import Inputs, is_tokenized, load_inputs
 from trueup.trainers.losses import STATISTICS, Compared, compare, joined, step_loss
 from trueup.trainers.ranked import check_ranked, ordered_pairs, outcomes
 from trueup.trainers.reference import reference_logprobs
-from trueup.trainers.samples import write_samples
+from trueup.trainers.samples import sample_writer
 from trueup.trainers.session import RunResult, guarded, open_session
 from trueup.trainers.settings import PER_TOKEN, PreferenceSettings, SFTSettings, TrainSettings
 from trueup.trainers.sft import train_sft
@@ -98,7 +98,7 @@ def train_preference(
         scorer,
         loss=loss,
         save_model=lambda folder: save_trained(policy, tokenizer, folder),
-        write_samples=lambda step: write_samples(session, policy, tokenizer, inputs, step),
+        write_samples=sample_writer(session, policy, tokenizer, inputs),
         summarise=partial(compared_pairs, accuracy="rewards/accuracies"),
         statistics=statistics if set(settings.loss) & set(STATISTICS) else None,
         fingerprints=fingerprints,

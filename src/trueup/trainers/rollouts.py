@@ -85,7 +85,7 @@ def roll_out(
 
     baseline, moving.num_earned = running_mean(torch.tensor(moving.baseline), moving.num_earned, x.totals)
     moving.num_drawn, moving.baseline, moving.stopped = num_drawn, baseline.item(), False
-    metrics = rollout_metrics(x, scored.each) | {
+    metrics = rollout_metrics(x, scored) | {
         "num_prompts": moving.num_drawn,
         "sample_seconds": sampled - began - seconds_scoring,
         "score_seconds": seconds_scoring,

@@ -22,7 +22,7 @@ from trueup.objectives.reduce import token_mean
 from trueup.records import CompletionGroup
 from trueup.trainers.fit import fit
 from trueup.trainers.inputs import load_inputs
-from trueup.trainers.samples import write_samples
+from trueup.trainers.samples import sample_writer
 from trueup.trainers.session import RunResult, guarded, open_session
 from trueup.trainers.settings import SFTSettings
 from trueup.trainers.tally import Totals
@@ -70,5 +70,5 @@ def train_sft(
         scorer,
         loss=loss,
         save_model=lambda folder: save_trained(policy, tokenizer, folder),
-        write_samples=lambda step: write_samples(session, policy, tokenizer, inputs, step),
+        write_samples=sample_writer(session, policy, tokenizer, inputs),
     )
