@@ -6,19 +6,21 @@ Pure functions over plain records, standard library only.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean, median
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One optimiser step as a side reports it. ``grad_norm`` is the one before clipping."""
+    """One optimiser step as a side reports it. ``grad_norm`` is the one before clipping; ``parts``: seconds by name."""
 
     step: int
     loss: float
     grad_norm: float
     seconds: float
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,11 @@ class Run:
         The mean, because batches differ in length: every run makes the same steps, so their sums are comparable.
         """
         return fmean(step.seconds for step in self.steps[warmup_steps:])
+
+    def parts(self, warmup_steps: int) -> dict[str, float]:
+        """The same of each part that the steps name."""
+        timed = self.steps[warmup_steps:]
+        return {name: fmean(step.parts[name] for step in timed) for name in timed[0].parts}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,20 +96,23 @@ class Comparison:
     peer_peak_mib: float
 
 
-def relative_difference(a: float, b: float) -> float:
-    """``|a − b| / max(|a|, |b|)``, 0 where both are 0, NaN where one is not finite."""
+def relative_difference(a: float, b: float, *, scale: float = 0.0) -> float:
+    """``|a − b| / max(|a|, |b|, scale)``, 0 where they are equal, NaN where one is not finite."""
     if not (math.isfinite(a) and math.isfinite(b)):
         return math.nan
-    return abs(a - b) / max(abs(a), abs(b)) if a != b else 0.0
+    return abs(a - b) / max(abs(a), abs(b), scale) if a != b else 0.0
 
 
-def agreement(ours: Run, peer: Run) -> Agreement:
-    """The largest differences over the steps of two runs. Raises ``ValueError`` where they made different steps."""
+def agreement(ours: Run, peer: Run, *, loss_scale: float = 0.0) -> Agreement:
+    """The largest differences over the steps of two runs. Raises ``ValueError`` where they made different steps.
+
+    ``loss_scale``: the size of the terms that a loss is the sum of, where they may cancel.
+    """
     if not ours.steps or [step.step for step in ours.steps] != [step.step for step in peer.steps]:
         raise ValueError("the two runs did not make the same steps")
     pairs = list(zip(ours.steps, peer.steps, strict=True))
     return Agreement(
-        loss=_largest([relative_difference(a.loss, b.loss) for a, b in pairs]),
+        loss=_largest([relative_difference(a.loss, b.loss, scale=loss_scale) for a, b in pairs]),
         grad_norm=_largest([relative_difference(a.grad_norm, b.grad_norm) for a, b in pairs]),
     )
 
@@ -123,3 +133,26 @@ def compare(ours: Sequence[Run], peer: Sequence[Run], *, warmup_steps: int) -> C
         ours_peak_mib=max(run.peak_mib for run in ours),
         peer_peak_mib=max(run.peak_mib for run in peer),
     )
+
+
+class Writing(NamedTuple):
+    """Tokens that one side wrote, and the log-prob of each."""
+
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+
+
+def written_apart(ours: Sequence[Writing], theirs: Sequence[Writing]) -> float:
+    """The largest difference of a log-prob between two sides' most likely completions of the same prompts.
+
+    A row is compared up to the first token in which it differs, that one included: if two tokens are equally likely
+    either may be written, with the same log-prob, and what follows is of two texts. Raises ``ValueError`` where rows
+    are missing or of other lengths.
+    """
+    differences = [0.0]
+    for a, b in zip(ours, theirs, strict=True):
+        for token, other, logprob, other_logprob in zip(a.tokens, b.tokens, a.logprobs, b.logprobs, strict=True):
+            differences.append(abs(logprob - other_logprob))
+            if token != other:
+                break
+    return _largest(differences)

@@ -1,4 +1,4 @@
-"""Our side: the same steps with ``trueup``'s own loops, on the pairs that are given as ids."""
+"""Our side: the same steps with ``trueup``'s own loops, on the pairs that are given as ids, and online on prompts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import argparse
 import contextlib
 import sys
 import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +18,22 @@ import protocol
 import torch
 
 from trueup.cli.memory import keep_freed_memory
-from trueup.records import Completion, CompletionGroup
+from trueup.models.scorer import prepare_scorer
+from trueup.recipes import policy_defaults, recipe_named
+from trueup.records import Completion, CompletionGroup, StopReason
 from trueup.runs.folder import RunFolder, read_metrics
+from trueup.trainers.experience import new_experience, said_by
+from trueup.trainers.players import load_players
+from trueup.trainers.policy import learn, train_policy
+from trueup.trainers.policy_inputs import PolicyInputs
+from trueup.trainers.policy_settings import PolicySettings
 from trueup.trainers.preference import train_preference
 from trueup.trainers.reward import train_reward
+from trueup.trainers.rollouts import Moving
 from trueup.trainers.settings import PreferenceSettings, RewardSettings, SFTSettings
 from trueup.trainers.sft import train_sft
+from trueup.trainers.stepping import Stepper
+from trueup.trainers.trained_model import load_trained
 
 
 def groups(objective: str, pairs: list[protocol.Pair]) -> list[CompletionGroup]:
@@ -36,12 +50,10 @@ def groups(objective: str, pairs: list[protocol.Pair]) -> list[CompletionGroup]:
 
 
 def common_settings(args: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """The same recipe for all three. Streaming takes the pairs in the order of the file, as the peer does."""
+    """The same recipe for all objectives."""
     settings = {
         "output": str(output),
-        "streaming": True,
         "max_steps": args.num_steps,
-        "batch_size": args.batch_size,
         "dtype": args.precision,
         "device": "cpu",
         "optimizer": "adamw",
@@ -56,7 +68,8 @@ def common_settings(args: argparse.Namespace, output: Path) -> dict[str, Any]:
 
 
 def train(args: argparse.Namespace, output: Path) -> None:
-    common = common_settings(args, output)
+    """On the pairs. Streaming takes them in the order of the file, as the peer does."""
+    common = common_settings(args, output) | {"streaming": True, "batch_size": args.batch_size}
     data = groups(args.objective, protocol.read_pairs(args.work)[: args.num_steps * args.batch_size])
     if args.objective == "dpo":
         reference = str(args.work.reference)
@@ -70,6 +83,88 @@ def train(args: argparse.Namespace, output: Path) -> None:
         train_reward(RewardSettings(model=str(args.work.reward_model), **common), data=data)
 
 
+class Stamped:
+    """The reward of the online cases, and when it was called: once in every step."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
+        self.times.append(time.perf_counter())
+        return protocol.score(completion_ids)
+
+
+def online_settings(args: argparse.Namespace, output: Path, **changes: Any) -> PolicySettings:
+    case = protocol.CASES[args.case]
+    given = common_settings(args, output) | {
+        "model": str(args.work.policy),
+        "batch_size": case.num_prompts,
+        "group_size": case.group_size,
+        "max_new_tokens": case.new_tokens,
+        "kl_coef": args.kl_coef,
+    }
+    return PolicySettings(**(policy_defaults("grpo") | given | changes))
+
+
+def train_online(args: argparse.Namespace, output: Path) -> None:
+    """GRPO; one line for every step.
+
+    A step runs from one call of the reward to the next: all that belongs to a step lies between them, learning from one
+    rollout, handing the weights to the engine and sampling the next, whatever the loop's own clocks leave out. The run
+    makes a step more than it reports, in which the last of these ends.
+    """
+    PolicyInputs.stop_tokens = ()  # pyright: ignore[reportAttributeAccessIssue]
+    reward, prompts = Stamped(), protocol.CASES[args.case].prompts()
+    train_policy(
+        online_settings(args, output, max_steps=args.num_steps + 1),
+        recipe_named("grpo").algorithm(),
+        data=[{"prompt": protocol.as_text(prompt)} for prompt in prompts],
+        reward=reward,
+    )
+    lines = list(read_metrics(RunFolder(output).metrics))
+    for number, (line, next_line) in enumerate(pairwise(lines)):
+        seconds = reward.times[number + 1] - reward.times[number]
+        sample, scoring = next_line["sample_seconds"], next_line["score_seconds"] + next_line["prepare_seconds"]
+        emit_step(line, seconds, parts={"sample": sample, "score": scoring, "learn": seconds - sample - scoring})
+
+
+def replay(args: argparse.Namespace, output: Path) -> None:
+    """Learn from the peer's completions and scores: advantages, losses and gradients by the loop's own functions.
+
+    The reference is another model than the policy, as equal ones would leave nothing to see of the KL.
+    """
+    settings, algorithm = online_settings(args, output), recipe_named("grpo").algorithm()
+    policy, tokenizer = load_trained(settings, None, None)
+    players = load_players(settings, algorithm, policy, tokenizer, reward=protocol.score)
+    if players.reference is not None:
+        model, _ = load_trained(replace(settings, model=str(args.work.reference)), None, None)
+        players = replace(players, reference=prepare_scorer(model).requires_grad_(False))
+    stepper, moving = Stepper(players.scorer, settings, args.num_steps), Moving(kl_coef=args.kl_coef, penalty_coef=0.0)
+    for number, step in enumerate(protocol.read_steps(args.steps_file)):
+        began = time.perf_counter()
+        found = [
+            CompletionGroup(
+                prompt=np.asarray(prompt),
+                completions=tuple(
+                    Completion(tokens=np.asarray(tokens), stop_reason=StopReason.LENGTH) for tokens in completions
+                ),
+            )
+            for prompt, completions in zip(step.prompts, step.completions, strict=True)
+        ]
+        x = new_experience(found, torch.tensor(step.scores), mask_truncated=False, device=players.device)
+        if players.reference is not None:
+            x = replace(x, ref_logprobs=said_by(players.ref_logprobs, x, range(len(found)), settings.tokens_per_batch))
+        x = replace(x, advantages=algorithm.advantages(x, settings))
+        tally = learn(x, range(len(found)), settings, algorithm, players, moving)
+        grad_norm, _ = stepper.step(number)
+        emit_step({"step": number + 1, "loss": tally.loss, "grad_norm": grad_norm}, time.perf_counter() - began)
+
+
+def emit_step(line: Mapping[str, Any], seconds: float, **more: Any) -> None:
+    with contextlib.redirect_stdout(sys.__stdout__):
+        protocol.emit(step=line["step"] - 1, loss=line["loss"], grad_norm=line["grad_norm"], seconds=seconds, **more)
+
+
 def main() -> None:
     parser = protocol.side_parser("trueup's side of the step benchmark.")
     parser.add_argument("--tokens-per-batch", type=int, help="by default that of the settings")
@@ -80,14 +175,14 @@ def main() -> None:
         output = Path(folder) / "run"
         imported_mib = protocol.resident_mib()
         with contextlib.redirect_stdout(sys.stderr):
-            train(args, output)
-        for line in read_metrics(RunFolder(output).metrics):
-            protocol.emit(
-                step=line["step"] - 1,
-                loss=line["loss"],
-                grad_norm=line["grad_norm"],
-                seconds=line["step_seconds"],
-            )
+            if args.objective != "grpo":
+                train(args, output)
+                for line in read_metrics(RunFolder(output).metrics):
+                    emit_step(line, line["step_seconds"])
+            elif args.steps_file:
+                replay(args, output)
+            else:
+                train_online(args, output)
     protocol.emit(imported_mib=imported_mib, peak_mib=protocol.peak_mib())
 
 

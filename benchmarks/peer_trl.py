@@ -1,6 +1,8 @@
 """The peer's side: the same steps with TRL's own trainers, in TRL's environment.
 
-Nothing of a trainer is replaced but what would tokenise: the ids are given. Everything else is an option of TRL.
+Nothing of a trainer is replaced but what would tokenise: the ids are given. Everything else is an option of TRL. Of
+``GRPOTrainer`` two methods are timed, and its end token is one that is never sampled, so that completions are equally
+long.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 # Before anything imports them: no progress bars on the output, no calls to a hub, no telemetry.
@@ -28,7 +31,16 @@ from transformers import (
     PrinterCallback,
     TrainerCallback,
 )
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 
 class Stopwatch(TrainerCallback):
@@ -38,18 +50,27 @@ class Stopwatch(TrainerCallback):
     collating before and logging after it, which is to the peer's advantage: our seconds hold the making of batches.
     """
 
+    def __init__(self, clocks: dict[str, float]) -> None:
+        self.clocks = clocks
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.clocks.clear()
         self.began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds = time.perf_counter() - self.began
+        self.parts = self.clocks | {"learn": self.seconds - sum(self.clocks.values())} if self.clocks else {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs:  # the summary at the end of training
             return
         with contextlib.redirect_stdout(sys.__stdout__):
             protocol.emit(
-                step=state.global_step - 1, loss=logs["loss"], grad_norm=logs["grad_norm"], seconds=self.seconds
+                step=state.global_step - 1,
+                loss=logs["loss"],
+                grad_norm=logs["grad_norm"],
+                seconds=self.seconds,
+                parts=self.parts,
             )
 
 
@@ -58,6 +79,45 @@ class TokenisedDPOTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
+
+
+class TimedGRPOTrainer(GRPOTrainer):
+    """``GRPOTrainer``, its seconds divided: ``sample`` is generation, ``score`` what follows until a batch is ready
+    (rewards, advantages, the reference's log-probs). ``steps_file``: what each step learned from is written there."""
+
+    def __init__(self, *args: Any, steps_file: Path | None, end_token_ids: list[int], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.clocks: dict[str, float] = {}
+        self.steps_file = steps_file
+        self.eos_token_ids = end_token_ids
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        began = time.perf_counter()
+        output = super()._generate(prompts)
+        self.clocks["sample"] = time.perf_counter() - began
+        return output
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        began = time.perf_counter()
+        output = super()._generate_and_score_completions(inputs)
+        self.clocks["score"] = time.perf_counter() - began - self.clocks["sample"]
+        if self.steps_file:
+            protocol.add_step(self.steps_file, self._learned_from(output))
+        return output
+
+    def _learned_from(self, batch: dict[str, Any]) -> protocol.OnlineStep:
+        """Raises ``SystemExit`` if a group has no signal: it would be nothing to learn from."""
+        size = self.num_generations
+        prompts, completions = (
+            [row[mask.bool()].tolist() for row, mask in zip(batch[f"{side}_ids"], batch[f"{side}_mask"], strict=True)]
+            for side in ("prompt", "completion")
+        )
+        groups = [completions[start : start + size] for start in range(0, len(completions), size)]
+        if not batch["advantages"].view(-1, size).any(-1).all():
+            raise SystemExit("the completions of a prompt all have the same score")
+        return protocol.OnlineStep(
+            prompts=prompts[::size], completions=groups, scores=[protocol.score(group) for group in groups]
+        )
 
 
 def rows(objective: str, pairs: list[protocol.Pair]) -> Dataset:
@@ -78,20 +138,18 @@ def rows(objective: str, pairs: list[protocol.Pair]) -> Dataset:
     )
 
 
-def common_options(args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """The same recipe for all three, with every feature off that costs time and isn't part of the step."""
-    if args.batch_size % args.micro_batch:
-        raise SystemExit(f"--micro-batch {args.micro_batch} does not divide --batch-size {args.batch_size}")
+def common_options(args: argparse.Namespace, folder: str, batch_size: int) -> dict[str, Any]:
+    """The same recipe for all objectives, with every feature off that costs time and isn't part of the step."""
+    if batch_size % args.micro_batch:
+        raise SystemExit(f"--micro-batch {args.micro_batch} does not divide the {batch_size} rows of a step")
     return {
         "output_dir": folder,
         "use_cpu": True,
         "bf16": args.precision == "bfloat16",
         "max_steps": args.num_steps,
         "per_device_train_batch_size": args.micro_batch,
-        "gradient_accumulation_steps": args.batch_size // args.micro_batch,
-        "train_sampling_strategy": "sequential",
+        "gradient_accumulation_steps": batch_size // args.micro_batch,
         "gradient_checkpointing": False,
-        "max_length": None,
         "learning_rate": protocol.LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "adam_beta1": protocol.BETAS[0],
@@ -107,8 +165,45 @@ def common_options(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     }
 
 
-def trainer(args: argparse.Namespace, folder: str) -> DPOTrainer | SFTTrainer | RewardTrainer:
-    options = common_options(args, folder)
+def online_trainer(args: argparse.Namespace, folder: str) -> TimedGRPOTrainer:
+    """GRPO as published: one ratio per token, a mean per completion, group's standard deviation, k3 not weighted."""
+    case = protocol.CASES[args.case]
+    never_sampled = [case.vocabulary]  # None would be replaced by the model's own end token
+    model = AutoModelForCausalLM.from_pretrained(
+        args.work.policy, dtype=getattr(torch, args.weights), attn_implementation=args.attention
+    )
+    if args.steps_file:
+        # Where the reference is loaded from: another model than the policy, so that there is a KL to see.
+        model.config._name_or_path = str(args.work.reference)
+    return TimedGRPOTrainer(
+        model=model,
+        reward_funcs=protocol.score,
+        args=GRPOConfig(
+            num_generations=case.group_size,
+            max_completion_length=case.new_tokens,
+            num_iterations=1,
+            beta=args.kl_coef,
+            use_bias_correction_kl=False,
+            loss_type="grpo",
+            scale_rewards="group",
+            temperature=1.0,
+            generation_kwargs={"eos_token_id": never_sampled},
+            cache_implementation=args.cache,
+            shuffle_dataset=False,
+            **common_options(args, folder, case.num_completions),
+        ),
+        train_dataset=Dataset.from_list([{"prompt": protocol.as_text(prompt)} for prompt in case.prompts()]),
+        processing_class=AutoTokenizer.from_pretrained(args.work.policy),
+        steps_file=args.steps_file,
+        end_token_ids=never_sampled,
+    )
+
+
+def trainer(args: argparse.Namespace, folder: str) -> DPOTrainer | SFTTrainer | RewardTrainer | TimedGRPOTrainer:
+    if args.objective == "grpo":
+        return online_trainer(args, folder)
+    options = common_options(args, folder, args.batch_size)
+    options |= {"train_sampling_strategy": "sequential", "max_length": None}
     data = rows(args.objective, protocol.read_pairs(args.work)[: args.num_steps * args.batch_size])
     tokenizer = AutoTokenizer.from_pretrained(args.work.policy)
     load = {"dtype": torch.float32, "attn_implementation": args.attention}  # bfloat16 is autocast: float32 masters
@@ -139,6 +234,10 @@ def main() -> None:
     parser = protocol.side_parser("TRL's side of the step benchmark.")
     parser.add_argument("--micro-batch", type=int, required=True, help="per_device_train_batch_size")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
+    parser.add_argument("--cache", choices=("static",), help="GRPO only: cache_implementation; by default it grows")
+    parser.add_argument(
+        "--weights", choices=protocol.PRECISIONS, default="float32", help="GRPO only: bfloat16 has no float32 masters"
+    )
     parser.add_argument("--padding-free", action="store_true", help="SFT only: one flat row and position ids")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -147,7 +246,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         peer = trainer(args, folder)
         peer.remove_callback(PrinterCallback)
-        peer.add_callback(Stopwatch())
+        peer.add_callback(Stopwatch(getattr(peer, "clocks", {})))
         peer.train()
     protocol.emit(imported_mib=imported_mib, peak_mib=protocol.peak_mib())
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import protocol
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
 )
 
 from trueup.data.chat import TokenizeSettings, load_groups
@@ -47,13 +49,28 @@ def load_bench_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def model_config(tokenizer: Any) -> LlamaConfig:
-    """A Llama of 288 × 6: 6.0 M parameters in the layers, and 288 for each entry of the vocabulary (tied)."""
+def case_tokenizer(case: protocol.Case) -> PreTrainedTokenizerFast:
+    """One word for each token, so that text and ids are the same thing on every side."""
+    words = models.WordLevel({protocol.word(token): token for token in range(case.vocabulary)}, unk_token="t0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=protocol.word(case.padding_token),
+        eos_token=protocol.word(case.end_token),
+    )
+
+
+def model_config(tokenizer: Any, num_heads: int = 6) -> LlamaConfig:
+    """A Llama of 288 × 6: 6.0 M parameters in the layers, and 288 for each entry of the vocabulary (tied).
+
+    The number of heads changes neither: with 6 they have 48 dimensions, with 9 they have 32.
+    """
     config = LlamaConfig(
         hidden_size=288,
         num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
         intermediate_size=768,
         vocab_size=len(tokenizer),
         max_position_embeddings=2 * MAX_LENGTH,
@@ -66,13 +83,15 @@ def model_config(tokenizer: Any) -> LlamaConfig:
     return config
 
 
-def write_models(work: protocol.Work, tokenizer: Any) -> None:
-    config = model_config(tokenizer)
-    for folder, architecture, seed in (
-        (work.policy, LlamaForCausalLM, SEED),
-        (work.reference, LlamaForCausalLM, SEED + 1),
-        (work.reward_model, LlamaForSequenceClassification, SEED),
-    ):
+def write_models(work: protocol.Work, tokenizer: Any, num_heads: int = 6, *, online: bool = False) -> None:
+    config = model_config(tokenizer, num_heads)
+    if online:
+        # The padding token is sampled like any other. As the model's it would be a row of zeros that transformers does
+        # not train and trueup does; and the norm of a layer multiplies the gradient of zeros by 1,000.
+        config.pad_token_id = None
+    language_models = [(work.policy, LlamaForCausalLM, SEED), (work.reference, LlamaForCausalLM, SEED + 1)]
+    reward_models = [] if online else [(work.reward_model, LlamaForSequenceClassification, SEED)]
+    for folder, architecture, seed in language_models + reward_models:
         torch.manual_seed(seed)
         architecture(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -125,13 +144,21 @@ def padded_length(group: CompletionGroup) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=lambda text: protocol.Work(folder=Path(text)), required=True)
-    parser.add_argument("--num-steps", type=int, required=True)
-    parser.add_argument("--batch-size", type=int, required=True)
+    parser.add_argument("--cases", nargs="+", choices=tuple(protocol.CASES), help="their models, and no pairs")
+    parser.add_argument("--heads", type=int, default=9, help="of the models of the online cases")
+    parser.add_argument("--num-steps", type=int)
+    parser.add_argument("--batch-size", type=int)
     parser.add_argument("--data", type=Path, default=shared_data() / "hh-rlhf" / "helpful-base.test.jsonl.gz")
     parser.add_argument("--tokenizer", type=Path, default=shared_data() / "smollm2-tokenizer")
     parser.add_argument("--model", help="a pretrained model, in place of the random one")
     parser.add_argument("--prompt-tokens", type=int, help="only pairs with longer prompts, cut to this length")
     args = parser.parse_args()
+    if args.cases:
+        for name in args.cases:
+            tokenizer = case_tokenizer(protocol.CASES[name])
+            write_models(args.work.of_case(name), tokenizer, args.heads, online=True)
+        protocol.emit(cases=args.cases)
+        return
     for path in (args.data, args.tokenizer):
         if not path.exists():
             raise SystemExit(f"{path} is not there: set TRUEUP_SHARED_DATA, or name --data and --tokenizer")

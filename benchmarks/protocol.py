@@ -3,7 +3,9 @@
 Only the standard library, so that it imports in either environment and in neither.
 
 A side is called as ``python SIDE.py OBJECTIVE --work FOLDER …`` and prints one JSON object a line: for every optimiser
-step ``{"step", "loss", "grad_norm", "seconds"}``, and last ``{"imported_mib", "peak_mib"}``.
+step ``{"step", "loss", "grad_norm", "seconds"}`` (of GRPO also ``"parts"``, how the seconds are divided), and last
+``{"imported_mib", "peak_mib"}``. A side of the rollout benchmark prints ``{"tokens", "seconds"}`` for every rollout in
+place of the steps.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import resource
 import sys
 from collections.abc import Sequence
@@ -18,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-OBJECTIVES = ("dpo", "sft", "reward")
+OFFLINE = ("dpo", "sft", "reward")
+OBJECTIVES = (*OFFLINE, "grpo")
 PRECISIONS = ("float32", "bfloat16")
 
 # One recipe for both sides: constant learning rate, no weight decay, gradient clipping as both have it by default.
@@ -27,6 +31,67 @@ BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 MAX_GRAD_NORM = 1.0
 DPO_BETA = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is sampled: completions of exactly ``new_tokens`` tokens behind prompts of random ones."""
+
+    shortest: int
+    """Tokens of the shortest prompt; the lengths rise evenly to ``longest``."""
+    longest: int
+    group_size: int
+    """Completions of each prompt."""
+    vocabulary: int
+    num_prompts: int = 8
+    new_tokens: int = 64
+
+    @property
+    def num_completions(self) -> int:
+        return self.num_prompts * self.group_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that one rollout writes."""
+        return self.num_completions * self.new_tokens
+
+    @property
+    def end_token(self) -> int:
+        """No side stops at it."""
+        return self.vocabulary - 1
+
+    @property
+    def padding_token(self) -> int:
+        return self.vocabulary - 2
+
+    def prompts(self, number: int = 0) -> list[list[int]]:
+        """The prompts of rollout ``number``; no two share a beginning that could be kept from one to the next."""
+        draw = random.Random(number)
+        steps = max(1, self.num_prompts - 1)
+        lengths = [self.shortest + (self.longest - self.shortest) * i // steps for i in range(self.num_prompts)]
+        return [[draw.randrange(self.padding_token) for _ in range(length)] for length in lengths]
+
+
+CASES = {
+    "short-32k": Case(shortest=32, longest=96, group_size=8, vocabulary=32_000),
+    "short-512": Case(shortest=32, longest=96, group_size=8, vocabulary=512),
+    "long-32k": Case(shortest=512, longest=512, group_size=16, vocabulary=32_000),
+}
+
+
+def as_text(tokens: Sequence[int]) -> str:
+    """What the tokenizer of the online cases reads as these tokens."""
+    return " ".join(map(word, tokens))
+
+
+def word(token: int) -> str:
+    return f"t{token}"
+
+
+def score(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
+    """The reward of the online cases, called as both sides call a reward: cheap, the same for the same tokens, and
+    almost never equal for all completions of a prompt."""
+    return [sum(int(token) % 1009 for token in tokens) / (1009 * len(tokens)) for tokens in completion_ids]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +120,10 @@ class Work:
     def pairs(self) -> Path:
         return self.folder / "pairs.json"
 
+    def of_case(self, name: str) -> Work:
+        """Where the models of an online case lie: each has a vocabulary of its own."""
+        return Work(folder=self.folder / name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
@@ -74,15 +143,38 @@ def write_pairs(work: Work, pairs: Sequence[Pair]) -> None:
     work.pairs.write_text(json.dumps([vars(pair) for pair in pairs]), encoding="utf-8")
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnlineStep:
+    """What one online step of the peer learned from: prompts, their completions and scores, all as lists by prompt."""
+
+    prompts: list[list[int]]
+    completions: list[list[list[int]]]
+    scores: list[list[float]]
+
+
+def read_steps(path: Path) -> list[OnlineStep]:
+    return [OnlineStep(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def add_step(path: Path, step: OnlineStep) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(vars(step)) + "\n")
+
+
 def side_parser(description: str) -> argparse.ArgumentParser:
     """The arguments that every side takes."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("objective", choices=OBJECTIVES)
     parser.add_argument("--work", type=lambda text: Work(folder=Path(text)), required=True)
     parser.add_argument("--num-steps", type=int, required=True, help="optimiser steps, the warm-up ones inside")
-    parser.add_argument("--batch-size", type=int, required=True, help="pairs (or rows) of one optimiser step")
+    parser.add_argument(
+        "--batch-size", type=int, help="pairs (or rows) of one optimiser step; of GRPO the case says it"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--case", choices=tuple(CASES), help="GRPO only: what is sampled")
+    parser.add_argument("--kl-coef", type=float, default=0.0, help="GRPO only: β of the KL to the reference")
+    parser.add_argument("--steps-file", type=Path, help="GRPO only: the peer's steps, for the check that both agree")
     return parser
 
 

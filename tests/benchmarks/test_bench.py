@@ -119,7 +119,7 @@ def test_a_side_that_fails_says_why(bench, tmp_path):
 def test_the_table_has_a_row_for_every_result(bench):
     runs = (make_run(bench, (1.0, 1.0, 9.0), (1.0, 1.0, 2.0), peak_mib=1234.0),)
     result = bench.Result(
-        objective="dpo",
+        work="dpo",
         allocator="keep",
         peer_options=("--micro-batch", "2"),
         trials=(),
@@ -137,7 +137,7 @@ def test_the_table_has_a_row_for_every_result(bench):
 @pytest.mark.parametrize(("peer_loss", "agrees"), [(2.000001, True), (2.1, False)])
 def test_sides_that_compute_different_losses_get_no_row(bench, tmp_path, peer_loss, agrees):
     class Canned(bench.Bench):
-        def ours(self, objective, allocator):
+        def ours(self, objective, allocator, options=()):
             return make_run(bench, (2.0, 1.0, 1.0), (2.0, 1.0, 1.0))
 
         def peer(self, objective, allocator, options, num_steps=None):

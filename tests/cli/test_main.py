@@ -44,7 +44,12 @@ def attempt(settings: TrySettings) -> None:
 def try_command(monkeypatch):
     """A command ``try`` and a preset of it, without anything heavy."""
     fake = types.ModuleType("trueup_try")
-    fake.__dict__.update(TrySettings=TrySettings, attempt=attempt, preset=lambda argv: TrySettings(output="preset"))
+    fake.__dict__.update(
+        TrySettings=TrySettings,
+        attempt=attempt,
+        preset=lambda argv: TrySettings(output="preset"),
+        __name__="trueup_try",
+    )
     monkeypatch.setitem(sys.modules, "trueup_try", fake)
     monkeypatch.setitem(module.COMMANDS, "try", Command("Try", "trueup_try", "TrySettings", "attempt"))
     monkeypatch.setitem(

@@ -159,7 +159,7 @@ def test_killed_in_a_step_in_evaluation_and_in_a_checkpoint(loop: str, ends, dat
 
 
 def test_killed_in_sampling_scoring_learning_and_evaluation(ends, questions, tmp_path):
-    """A kill of each kind: thrice in the second rollout, begun again from step 3; and in the third, from step 9."""
+    """A kill of each kind: in the second rollout three times, gone on with from step 3; in the third, from step 9."""
     settings = IN_AND_BETWEEN_ROLLOUTS | questions | ONLINE["ppo"] | ONLINE["gspo"]
     settings |= {"recipe": "ppo", "learning_rate": 0.05, "lr_schedule": "constant"}  # every step shows in samples
     kills = [[*IN_SCORING, 5], [*IN_SAMPLING, 25], [*IN_AN_UPDATE, 5], [*IN_ONLINE_EVALUATION, 4], [*IN_A_SYNC, 12]]

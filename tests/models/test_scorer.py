@@ -371,7 +371,7 @@ def test_a_head_that_does_something_unknown_is_left_to_the_model(tiny_model, pla
 def test_a_model_that_nothing_reproduces_is_refused(tiny_model) -> None:
     model = tiny_model("llama")
     model.forward = _with_logits(model, lambda logits: logits * (1 + len(logits)))
-    with pytest.raises(ModelError, match="no way to score LlamaForCausalLM"):
+    with pytest.raises(ModelError, match="no way to run LlamaForCausalLM"):
         prepare_scorer(model)
 
 

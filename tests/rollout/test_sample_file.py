@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from trueup.rollout.torch_engine import TorchEngine
 
 from trueup.data.chat import completion_text, load_prompts
+from trueup.data.prompts import Request
 from trueup.data.settings import TokenizeSettings
 from trueup.errors import CheckpointError, SettingsError
 from trueup.models.load import LoadedModel, load_model
 from trueup.models.scratch import make_model
 from trueup.records import StopReason
-from trueup.rollout.sample_file import Request, Written, config_path, write_samples
+from trueup.rollout.sample_file import Written, config_path, write_samples
 from trueup.rollout.settings import SamplingParams
+from trueup.rollout.torch_engine import TorchEngine
 
 ROWS = [{"prompt": f"{a}+{b}=", "answer": a + b} for a in range(3) for b in range(0, 60, 20)]
 SAMPLING = SamplingParams(num_completions=3, max_new_tokens=6, temperature=0.8, stop_tokens=(2,), seed=5)

@@ -105,9 +105,7 @@ class Stage:
 
 
 def flat_gradient(parameters: Sequence[Tensor]) -> Tensor:
-    return torch.cat(
-        [(torch.zeros_like(p) if p.grad is None else p.grad).double().flatten() for p in parameters]
-    )
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).double().flatten() for p in parameters])
 
 
 def disturb(module: torch.nn.Module, scale: float, *, seed: int) -> None:
@@ -212,7 +210,7 @@ def stage(cast: Cast) -> Callable[..., Stage]:
         players = Players(
             scorer=scorer,
             engine=engine,
-            samples_from_policy=True,
+            evaluator=engine,
             rewards=rewards or Rewards.load([score]),
             reference=reference,
             critic=copy.deepcopy(cast.critic) if algorithm.critic else None,

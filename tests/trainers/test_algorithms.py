@@ -235,8 +235,7 @@ SURROGATES: dict[str, Callable[[Learned, PolicySettings], Any]] = {
     "penalized": lambda x, s: each_token(
         x,
         lambda r, t: (
-            -plain_ratio(x, r, t) * x.advantages[r, t].item()
-            + 0.7 * (math.exp(moved(x, r, t)) - 1 - moved(x, r, t))
+            -plain_ratio(x, r, t) * x.advantages[r, t].item() + 0.7 * (math.exp(moved(x, r, t)) - 1 - moved(x, r, t))
         ),
     ),
     "cispo": lambda x, s: each_token(

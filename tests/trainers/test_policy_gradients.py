@@ -223,9 +223,7 @@ def test_published_k3_has_a_fixed_point_of_its_own(short: Callable):
     optimal = BETA * (truth.logprobs - reference.logprobs).sum(-1).detach()
     norms = {}
     for form in ("reward", "sequence_k2", "prefix_k1", "prefix_k3", "token_k3", "token_k2", "weighted_k3"):
-        at = short(
-            "reinforce", kl_coef=BETA, kl_form=form, reward=lambda tokens: optimal[said[tuple(tokens)]].item()
-        )
+        at = short("reinforce", kl_coef=BETA, kl_form=form, reward=lambda tokens: optimal[said[tuple(tokens)]].item())
         norms[form] = mean_gradient(at, at.rollout(), truth.probs.detach()).norm().item()
     assert max(norms[form] for form in ("reward", "sequence_k2", "prefix_k1", "prefix_k3")) < 2e-5
     assert min(norms[form] for form in ("token_k3", "token_k2", "weighted_k3")) > 2e-3

@@ -61,7 +61,7 @@ def test_a_second_run_finds_it_on_disk(
         raise AssertionError("the reference is computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("trueup.trainers.reference.computed", fail)
+        patch.setattr("trueup.trainers.reference.computed_logprobs", fail)
         assert train(tiny_model, pairs, tmp_path / "second") == first
         assert train(tiny_model, pairs, tmp_path / "other", beta=0.5) != first
         with pytest.raises(AssertionError, match="again"):

@@ -307,7 +307,7 @@ def print_table(
     console.print(table)
     console.print(
         "reward: mean of what the reward model says of a sampled answer; KL: in nats per answer; tokens: through the "
-        f"model in training.\nAll of it lies in {folder}: of each run its settings, metrics.jsonl and checkpoints/, whose "
-        "model loads with transformers.\nNext: a real model on real data, see README.md.",
+        f"model in training.\nAll of it lies in {folder}: of each run its settings, metrics.jsonl and checkpoints/, "
+        "whose model loads with transformers.\nNext: a real model on real data, see README.md.",
         soft_wrap=True,
     )

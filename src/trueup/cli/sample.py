@@ -17,8 +17,9 @@ from trueup.runs.settings import check_range, flag_name
 
 if TYPE_CHECKING:
     from trueup.data.chat import Prompts
+    from trueup.data.prompts import Request
     from trueup.models.load import LoadedModel
-    from trueup.rollout.sample_file import Request, Written
+    from trueup.rollout.sample_file import Written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,15 +108,16 @@ def sample(settings: SampleSettings) -> None:
 
 def sampling_params(settings: SampleSettings, stop_tokens: tuple[int, ...]) -> SamplingParams:
     """How completions are sampled, as ``settings`` say, ending at ``stop_tokens``."""
-    values = {field.name: getattr(settings, field.name) for field in fields(SamplingParams)}
-    return SamplingParams(**values | {"stop_tokens": tuple(dict.fromkeys(stop_tokens))})
+    values: dict[str, Any] = {field.name: getattr(settings, field.name) for field in fields(SamplingParams)}
+    values["stop_tokens"] = tuple(dict.fromkeys(stop_tokens))
+    return SamplingParams(**values)
 
 
 def requests_of(prompts: Prompts, settings: SampleSettings) -> list[Request]:
     """The prompts that are asked for, in their order. A prompt's number is its place in the data whatever the order, so
     that it is answered the same way whichever others are asked."""
     from trueup.data.collate import epoch_order
-    from trueup.rollout.sample_file import Request
+    from trueup.data.prompts import Request
 
     count = len(prompts.rows)
     order = epoch_order(count, settings.seed, 0).tolist() if settings.shuffle else range(count)

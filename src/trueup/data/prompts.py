@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from trueup.data.cells import CONVERSATION_COLUMNS, PROMPT_COLUMNS, columns, conversation, first_of, has, prompt_in
 from trueup.data.data_format import DataFormat, Dropped, Note
@@ -26,6 +28,15 @@ class PromptRow:
     prompt: Text
     columns: Mapping[str, Any]
     where: str = ""
+
+
+class Request(NamedTuple):
+    """One prompt to be answered: its number, which keys the random streams of its completions; its row; its tokens,
+    int64 [P]."""
+
+    number: int
+    row: PromptRow
+    tokens: np.ndarray
 
 
 def read_prompts(

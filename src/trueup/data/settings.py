@@ -54,7 +54,7 @@ class TokenizeSettings(TextSettings):
     r"""What stands between the labelled steps of an answer: by default a line break. Write \n for one, \t for a tab."""
 
     @classmethod
-    def of(cls, settings: TextSettings, **changes: Any) -> TokenizeSettings:
+    def of(cls, settings: PromptSettings, **changes: Any) -> TokenizeSettings:
         """What ``settings`` say about it, among other things; of what they don't, the defaults."""
         known = {name: getattr(settings, name) for name in (f.name for f in fields(cls)) if hasattr(settings, name)}
         return cls(**(known | changes))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from trueup.data.prompts import PromptRow
+from trueup.data.prompts import PromptRow, Request
 from trueup.data.sampled import plain_json, sampled_line
 from trueup.errors import CheckpointError
 from trueup.records import Completion, CompletionGroup, StopReason, Text
@@ -23,15 +23,6 @@ from trueup.rollout.settings import SamplingParams
 from trueup.runs.files import write_atomic, write_errors
 from trueup.runs.line_file import Line, Resume, append, begun, keep_lines
 from trueup.runs.progress import RunProgress
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """A prompt to be answered: its number, which keys its random streams; its row; its tokens, int64 [P]."""
-
-    number: int
-    row: PromptRow
-    tokens: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,7 +192,7 @@ def cispo(x: Learned, settings: PolicySettings) -> Tensor:
 
 
 def dpo_of_pairs(x: Learned, settings: PolicySettings) -> Tensor:
-    """DPO's loss of the best and the worst completion of each group: [n]; 0 where one of the two is not learned from."""
+    """DPO's loss of the best and the worst completion of each group, [n]; 0 where one of them is not learned from."""
     assert x.ref_logprobs is not None
     log_ratios = reduce.sequence_sum(x.logprobs - x.ref_logprobs, x.mask).view(-1, x.group_size)
     sign = x.advantages.sum(-1).view(-1, x.group_size)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from trueup.data.chat import Prompts, completion_text, load_prompts, stop_token_ids
 from trueup.data.collate import epoch_order, first_human_turn, is_held_out, num_steps
-from trueup.data.prompts import PromptRow
+from trueup.data.prompts import Request
 from trueup.data.settings import TokenizeSettings
 from trueup.errors import DataError, SettingsError
 from trueup.models.load import context_length
@@ -19,14 +19,6 @@ from trueup.records import CompletionGroup
 from trueup.rewards.samples import Samples
 from trueup.trainers.fingerprint import prompts_fingerprint, tokenizer_fingerprint
 from trueup.trainers.policy_settings import PolicySettings
-
-
-class Request(NamedTuple):
-    """One prompt to be answered. Its number keys the random streams of its completions."""
-
-    number: int
-    row: PromptRow
-    tokens: np.ndarray
 
 
 @dataclass(frozen=True)
