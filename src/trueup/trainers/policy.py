@@ -290,7 +290,8 @@ def critic_loss(
 
 
 def adapt(settings: PolicySettings, moving: Moving, metrics: Mapping[str, float]) -> None:
-    """The controllers' turn, after the last step that was made on a rollout: ``metrics`` are of that step."""
+    """The controllers' turn, after the last step that was made on a rollout: ``metrics`` are of that step. What is not
+    a finite number there moves nothing."""
     known = {name: value for name, value in metrics.items() if math.isfinite(value)}
     if settings.kl_target is not None and "objective/kl" in known:
         moving.kl_coef = policy_gradient.adapt_kl_leash(moving.kl_coef, known["objective/kl"], settings.kl_target)
