@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.installed  ## train a tiny model through SFT, reward model and DPO
+demo: $(VENV)/.installed  ## train a tiny model through SFT, reward model, DPO, PPO, GRPO
 	$(BIN)/trueup demo
 
 test: $(VENV)/.installed  ## the everyday tests

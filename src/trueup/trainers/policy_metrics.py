@@ -25,7 +25,8 @@ def rollout_metrics(x: Experience, scored: RewardScores) -> dict[str, float]:
     spread = x.scores.amax(-1) - x.scores.amin(-1)
     metrics = {
         **mean_and_std("reward", "reward_std", scored.total),
-        "frac_reward_zero_std": (spread == 0).float().mean().item(),
+        # A completion without siblings is compared with others.
+        **({"frac_reward_zero_std": (spread == 0).float().mean().item()} if x.group_size > 1 else {}),
         "completions/mean_length": lengths.mean().item(),
         "completions/min_length": lengths.min().item(),
         "completions/max_length": lengths.max().item(),
