@@ -35,7 +35,10 @@ class Command:
 
 COMMANDS = {
     "demo": Command(
-        "Train a tiny model through SFT, reward model, DPO, PPO, GRPO in minutes", "trueup.cli.demo", "DemoSettings", "demo"
+        "Train a tiny model through SFT, reward model, DPO, PPO, GRPO in minutes",
+        "trueup.cli.demo",
+        "DemoSettings",
+        "demo",
     ),
     "data check": Command(
         "Show what a data file holds: format, lengths, dropped rows, trained tokens",
