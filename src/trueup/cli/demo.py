@@ -33,7 +33,7 @@ class DemoSettings:
     """Optimiser steps of the reward model."""
     dpo_steps: int = 200
     """Optimiser steps of DPO."""
-    rl_steps: int = 300
+    rl_steps: int = 200
     """Rollouts of PPO, GRPO and REINFORCE."""
     mistakes: float = 0.6
     """Share of the demonstrations that are added without carrying."""
@@ -206,12 +206,13 @@ def measured(
     from trueup.data.chat import stop_token_ids
     from trueup.models.load import load_model
     from trueup.models.scorer import prepare_scorer
-    from trueup.rewards.reward_model import RewardModel
+    from trueup.rewards.rewards import Rewards
+    from trueup.rewards.samples import Samples
     from trueup.rollout.settings import SamplingParams
     from trueup.rollout.torch_engine import TorchEngine
     from trueup.trainers.reference import computed_logprobs
 
-    reward_model = RewardModel.load(judge, device="cpu")
+    reward_model = Rewards.load([judge])
     start = load_model(sft, device="cpu")
     reference = prepare_scorer(start.model).eval()
     tokenizer = start.tokenizer
@@ -233,10 +234,17 @@ def measured(
                 computed_logprobs(policy, sampled), computed_logprobs(reference, sampled), strict=True
             )
         ]
-        answers = [text(group.completions[0]) for group in sampled]
-        scores = [reward_model.score(p.prompt, [answer or " "])[0] for p, answer in zip(held_out, answers, strict=True)]
+        written = [group.completions[0] for group in sampled]
+        scores = reward_model.score(
+            Samples(
+                prompts=[p.prompt for p in held_out],
+                completions=[text(completion) for completion in written],
+                completion_ids=[completion.tokens for completion in written],
+                truncated=[completion.truncated for completion in written],
+            )
+        )
         return Measured(
-            answers=[text(group.completions[0]) for group in likeliest], scores=np.array(scores), kl=np.array(gained)
+            answers=[text(group.completions[0]) for group in likeliest], scores=scores.total, kl=np.array(gained)
         )
 
     return {name: measure(stages[name].folder) for name in POLICIES}
