@@ -33,15 +33,17 @@ class DemoSettings:
     """Optimiser steps of the reward model."""
     dpo_steps: int = 200
     """Optimiser steps of DPO."""
+    ppo_steps: int = 120
+    """Optimiser steps of PPO against the reward model: with more, or less KL, it finds what that model overrates."""
     rl_steps: int = 200
-    """Rollouts of PPO, GRPO and REINFORCE."""
+    """Optimiser steps of GRPO and REINFORCE against the verifier."""
     mistakes: float = 0.6
     """Share of the demonstrations that are added without carrying."""
     quiet: bool = False
     """Show no progress, only the table."""
 
     def __post_init__(self) -> None:
-        for name in ("sft_steps", "reward_steps", "dpo_steps", "rl_steps"):
+        for name in ("sft_steps", "reward_steps", "dpo_steps", "ppo_steps", "rl_steps"):
             check_range(self, name, at_least=1)
         check_range(self, "mistakes", at_least=0, at_most=1)
 
@@ -95,6 +97,8 @@ def run_stages(settings: DemoSettings, folder: Path) -> None:
     from trueup.models.scratch import make_model
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # the table is for reading in a log too
     data = sums.write_data(folder / "data", settings.seed, settings.mistakes)
     base = make_model(
         folder / "base", characters=sums.CHARACTERS, hidden_size=96, num_layers=2, num_heads=4, seed=settings.seed
@@ -185,7 +189,7 @@ def run_stages(settings: DemoSettings, folder: Path) -> None:
         num_mini_batches=2,
         inner_epochs=1,
         critic_learning_rate=1e-3,
-        **online,
+        **(online | {"max_steps": settings.ppo_steps, "learning_rate": 3e-4, "kl_coef": 1.0}),
     )
     run("GRPO, verifier", "grpo", reward=("exact",), output=at("grpo"), batch_size=64, **online)
     run("REINFORCE, verifier", "reinforce", reward=("exact",), output=at("reinforce"), batch_size=512, **online)
