@@ -26,7 +26,8 @@ def test_train_and_held_out_share_nothing():
 def test_the_demo_in_small(tmp_path: Path, capsys, monkeypatch):
     folder = tmp_path / "demo"
     monkeypatch.setenv("TRUEUP_CACHE", str(tmp_path / "cache"))
-    demo(DemoSettings(output=str(folder), sft_steps=60, reward_steps=2, dpo_steps=2, ppo_steps=2, rl_steps=2, quiet=True))
+    short = {"sft_steps": 60, "reward_steps": 2, "dpo_steps": 2, "ppo_steps": 2, "rl_steps": 2}
+    demo(DemoSettings(output=str(folder), quiet=True, **short))
     printed = capsys.readouterr().out
     for stage in (*POLICIES, "reward model", "which is better?"):
         assert stage in printed

@@ -147,8 +147,8 @@ def nucleus_bound(weights: Float[Tensor, "r v"], top_p: float) -> Float[Tensor, 
 def _bisected(weights: Tensor, wanted: Tensor) -> Tensor:
     """The largest t for which the weights ≥ t have together what is wanted: [R, V], [R, 1] → [R, 1].
 
-    It is one of the weights. Numbers ≥ 0 are ordered as their bits are, so that each look decides one bit: for many
-    rows whose nucleus is wide this is a tenth of the work of sorting them.
+    It is one of the weights. Numbers ≥ 0 are ordered as their bits are, so that each look decides one bit. It takes
+    about as long as sorting all of them, and no more memory than the weights do.
     """
     integers = torch.int32 if weights.dtype == torch.float32 else torch.int64
     bits = torch.zeros(len(weights), 1, dtype=integers, device=weights.device)
