@@ -54,12 +54,12 @@ def population() -> list[CompletionGroup]:
 
 def distribution(folder: str | Path, prompt: np.ndarray) -> torch.Tensor:
     with torch.no_grad():
-        logits = load_model(folder).model(torch.tensor(prompt)[None]).logits[0, -1]
+        logits = load_model(folder, dtype="float32").model(torch.tensor(prompt)[None]).logits[0, -1]
     return logits.double().log_softmax(-1)
 
 
 def settings(output: Path, groups: list, steps: int, **changes) -> dict:
-    full_batch = {"batch_size": len(groups), "num_epochs": steps, "tokens_per_batch": 100_000}
+    full_batch = {"batch_size": len(groups), "num_epochs": steps, "tokens_per_batch": 100_000, "dtype": "float32"}
     return full_batch | {"output": str(output), "quiet": True, "num_samples": 0, "learning_rate": 1e-2} | changes
 
 

@@ -57,7 +57,7 @@ def test_a_second_run_finds_it_on_disk(
     first = train(tiny_model, pairs, tmp_path / "first")
     (file,) = cache.iterdir()
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("the reference is computed again")
 
     with monkeypatch.context() as patch:
