@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from trueup.rewards.samples import plain
 from trueup.runs.progress import RunProgress
 from trueup.runs.sampled import mean_interval, pass_at_k_metrics
 from trueup.trainers.players import Players
@@ -51,7 +52,7 @@ def evaluate_policy(
     shown = range(min(settings.num_samples, len(requests)) * size)
     session.folder.log_samples(
         [
-            {"prompt": said(samples.prompts[i]), "completion": said(samples.completions[i]), "score": scores.total[i]}
+            {"prompt": plain(samples.prompts[i]), "completion": plain(samples.completions[i]), "score": scores.total[i]}
             for i in shown
         ],
         step,
@@ -63,8 +64,3 @@ def with_interval(name: str, values: np.ndarray, prompts: np.ndarray) -> dict[st
     """The mean, and where its 95 % interval begins and ends."""
     names = (name, f"{name}_low", f"{name}_high")
     return dict(zip(names, mean_interval(values, prompts), strict=True))
-
-
-def said(text: object) -> object:
-    """A text as JSON has it."""
-    return text if isinstance(text, str) else [dict(message) for message in text]  # pyright: ignore
