@@ -15,7 +15,7 @@ from torch import Tensor
 from trueup.errors import SettingsError
 from trueup.models.adapters import has_adapter
 from trueup.models.heads import load_reward_model
-from trueup.models.load import DTYPES, DtypeName, LoadedModel, disable_dropout
+from trueup.models.load import LoadedModel, disable_dropout
 from trueup.models.scorer import RewardScorer, Scorer, prepare_reward_scorer, prepare_scorer
 from trueup.models.tree import TreeBatch
 from trueup.rewards.rewards import Rewards
@@ -117,14 +117,7 @@ def load_players(
 
 def load_engine(settings: PolicySettings, model: Any, tokenizer: Any) -> Engine:
     """What samples from a model."""
-    dtype = own_dtype(model) if settings.rollout_dtype == "same" else settings.rollout_dtype
-    return TorchEngine(model, tokenizer, max_batch_tokens=settings.max_batch_tokens, dtype=dtype)
-
-
-def own_dtype(model: Any) -> DtypeName:
-    """The name of a model's precision."""
-    names: dict[torch.dtype, DtypeName] = {dtype: name for name, dtype in DTYPES.items()}  # pyright: ignore
-    return names.get(model.dtype, "auto")
+    return TorchEngine(model, tokenizer, max_batch_tokens=settings.max_batch_tokens, dtype=settings.rollout_dtype)
 
 
 def frozen_copy(scorer: Scorer) -> Scorer:
