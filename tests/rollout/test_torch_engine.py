@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch._inductor import config as inductor_config
 from transformers import PreTrainedTokenizerFast
 
 from trueup.errors import DataError, ModelError, NonFiniteError, SettingsError
@@ -76,6 +78,32 @@ def test_greedy_is_transformers_greedy(tiny_model, family) -> None:
     written = engine.generate(prompts, SamplingParams(temperature=0, max_new_tokens=count, num_completions=2))
     for prompt, completions in zip(prompts, tokens_of(written), strict=True):
         assert completions == [by_transformers(model, prompt, count)] * 2
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(family, marks=pytest.mark.slow) for family in ("gemma2", "gpt_oss", "phi3"))]
+)
+def test_compiled_attention_writes_the_same(tiny_model, family) -> None:
+    """With shared keys, soft caps and windows, and sinks; rows that leave, prompts that join."""
+    model = tiny_model(family)
+    options = SamplingParams(num_completions=3, max_new_tokens=20, stop_tokens=tuple(range(5)), seed=3)
+    plain, compiled = (
+        engine_of(model, compiled=compiled, max_batch_tokens=200).generate(draw(9, 2, 6, 14, 5), options)
+        for compiled in (False, True)
+    )
+    assert tokens_of(plain) == tokens_of(compiled)
+    for ours, theirs in zip(plain, compiled, strict=True):
+        for one, other in zip(ours.completions, theirs.completions, strict=True):
+            np.testing.assert_allclose(one.sampler_logprobs, other.sampler_logprobs, atol=1e-4)
+
+
+def test_where_nothing_can_be_compiled_the_setting_is_named(tiny_model) -> None:
+    torch._dynamo.reset()
+    without_compiler = inductor_config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
+    with without_compiler, pytest.raises(SettingsError, match=r"compile.*C\+\+"):
+        engine_of(tiny_model("llama"), compiled=True)
+    torch._dynamo.reset()
 
 
 WAYS = {

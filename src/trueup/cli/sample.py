@@ -48,6 +48,8 @@ class SampleSettings(PromptSettings, SamplingParams):
     """Prompts that are sampled together and then written: what a kill can lose."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute precision; auto takes bfloat16 where the hardware has it."""
+    compile: bool = False
+    """Compile attention: some 10 seconds at the start for faster sampling. Needs a C++ compiler."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
     resume: Literal["no", "auto", "yes"] = "no"
@@ -62,7 +64,7 @@ class SampleSettings(PromptSettings, SamplingParams):
             check_range(self, name, at_least=1)
 
 
-MAY_CHANGE = {"model", "data", "output", "resume", "quiet", "device", "dtype"}
+MAY_CHANGE = {"model", "data", "output", "resume", "quiet", "device", "dtype", "compile"}
 """Settings that a file may be gone on with otherwise than it was begun: what they name is compared itself."""
 
 
@@ -89,7 +91,11 @@ def sample(settings: SampleSettings) -> None:
     try:
         written = write_samples(
             TorchEngine(
-                loaded.model, loaded.tokenizer, max_batch_tokens=settings.max_batch_tokens, dtype=settings.dtype
+                loaded.model,
+                loaded.tokenizer,
+                max_batch_tokens=settings.max_batch_tokens,
+                dtype=settings.dtype,
+                compiled=settings.compile,
             ),
             requests_of(prompts, settings),
             sampling_params(settings, (*stops, *settings.stop_tokens)),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trueup.errors import ModelError
+from trueup.errors import ModelError, TrueupError
 from trueup.models.attention import TREE_ATTENTION, no_mask, register_tree_attention
 from trueup.models.noise import noisy_embeddings
 from trueup.models.norms import swap_norms
@@ -383,6 +383,8 @@ def _difference(score: Callable[[], Tensor], expected: Tensor, tolerance: float)
     """In which way the scores are not the expected ones; None if they are. A model that chokes on the batch differs."""
     try:
         found = score().float()
+    except TrueupError:
+        raise
     except Exception as error:
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     worst = float(((found - expected).abs() / (1 + expected.abs())).max())

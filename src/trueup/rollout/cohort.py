@@ -2,10 +2,10 @@
 
 A cohort is some prompts and the completions that go on from them, all with as many tokens as each other. Prompts are
 kept once each, ``[N, H_kv, P, D]``, padded to the longest of the cohort; completions behind each other as they are
-written, ``[R, H_kv, T, D]``. A row's query looks at its prompt and at its own completion, and the two parts are merged
-through their log-sum-exps:
-
-    out = (e^{lse_p} · out_p + e^{lse_s} · out_s) / (e^{lse_p} + e^{lse_s})
+written, ``[R, H_kv, T, D]``. A row's query looks at its prompt and at its own completion, and the two parts are weighed
+by one softmax over the scores of both. On a CPU the completions' keys and values are kept in float32, as batched
+products of one row each are several times faster in it than in half precision; the products with the prompts have many
+rows. ``fused`` compiles what is done for each row to loops that read keys and values of any type once.
 
 The layouts here go down the model's forward pass as the tree's does (``trueup.models.attention``), first a
 ``PromptLayout`` and then a ``StepLayout`` for each further token.
@@ -15,22 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.fx.experimental import _config as shape_config
 
+from trueup.errors import SettingsError
 from trueup.models.attention import tree_attention
 from trueup.models.tree import GroupSpan, TreeLayout
-from trueup.objectives.products import cpu_multiplies
 
 ROOM = 64
 """Tokens of each completion that there is room for at first; it doubles when it is used up."""
-
-HIDDEN = -1e30
-"""Added to the score of a key that is not seen. Not −∞: a query that sees nothing of its prompt has no NaN there, only
-a log-sum-exp so small that the prompt weighs nothing."""
 
 
 @dataclass(slots=True)
@@ -51,17 +50,26 @@ class Grid(NamedTuple):
     places: Tensor
 
 
+def own_dtype(dtype: torch.dtype, device: torch.device, fused: bool) -> torch.dtype:
+    """The type in which the completions' keys and values are kept, where the model has this one."""
+    return dtype if fused or device.type != "cpu" else torch.promote_types(dtype, torch.float32)
+
+
 class Cohort:
     """``lengths``: of the N prompts. ``copies``: completions of each. ``room``: tokens that a completion can get.
+    ``fused``: see above.
 
     ``group``: int64 [R], the prompt of each row. ``age``: tokens of each completion whose keys are there.
     """
 
-    def __init__(self, lengths: Sequence[int], copies: Sequence[int], room: int, device: torch.device) -> None:
+    def __init__(
+        self, lengths: Sequence[int], copies: Sequence[int], room: int, device: torch.device, fused: bool = False
+    ) -> None:
         self.lengths = np.array(lengths)
         self.group = np.repeat(np.arange(len(lengths)), copies)
         self.room = room
         self.device = device
+        self.fused = fused
         self.width = int(self.lengths.max())
         self.age = 0
         self.layers: list[Layer] = []
@@ -85,14 +93,15 @@ class Cohort:
         """Take over the prompts' keys and values out of a stream [1, H_kv, tokens, D]; ``places``: each prompt's."""
 
         def prompts(stream: Tensor) -> Tensor:
-            kept = stream.new_zeros(len(self.lengths), stream.shape[1], self.width, stream.shape[3])
+            size = len(self.lengths), stream.shape[1], self.width, stream.shape[3]
+            kept = stream.new_zeros(size)
             for prompt, place in zip(kept, places, strict=True):
                 prompt[:, : place.stop - place.start] = stream[0, :, place]
             return kept
 
         def completions(stream: Tensor) -> Tensor:
-            room = min(ROOM, self.room)
-            return stream.new_empty(len(self.group), stream.shape[1], room, stream.shape[3])
+            size = len(self.group), stream.shape[1], min(ROOM, self.room), stream.shape[3]
+            return stream.new_empty(size, dtype=own_dtype(stream.dtype, stream.device, self.fused))
 
         self.layers.append(Layer(prompts(key), prompts(value), completions(key), completions(value)))
 
@@ -163,12 +172,15 @@ class Cohort:
         return self._grid
 
     def prompt_bias(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """[N, P]: 0 where the next token sees the prompt's key, ``HIDDEN`` elsewhere; None if all see all."""
+        """[R, 1, 1, P]: 0 where a row's next token sees the prompt's key, −∞ elsewhere; None if all see all."""
         column, lengths = np.arange(self.width), self.lengths[:, None]
         seen = column < lengths
         if window is not None:
             seen = seen & (lengths + self.age - column < window)
-        return None if seen.all() else self._put(np.where(seen, 0.0, HIDDEN)).to(dtype)
+        if seen.all():
+            return None
+        bias = self._put(np.where(seen, 0.0, -np.inf)).to(dtype)
+        return bias[self._put(self.group), None, None]
 
     def _put(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -243,7 +255,8 @@ class StepLayout:
         outs, start = [], 0
         for number, cohort in enumerate(self.cohorts):
             if (number, window) not in self.biases:
-                self.biases[number, window] = cohort.prompt_bias(window, query.dtype)
+                wide = torch.promote_types(query.dtype, torch.float32)
+                self.biases[number, window] = cohort.prompt_bias(window, wide)
             q, k, v = (each[0, :, start : start + len(cohort.group)].transpose(0, 1) for each in (query, key, value))
             layer = cohort.layers[self.layer]
             keys, values = cohort.append(layer, k, v)
@@ -271,54 +284,75 @@ def _attend(
     sinks: Tensor | None,
 ) -> Tensor:
     """One cohort's rows, [R, H, D], against their prompts and completions → [R, H, D_value]."""
-    heads = keys.shape[1]
-    own = query.unflatten(1, (heads, -1))  # [R, H_kv, copies, D]: heads that share a key ask side by side
-    groups = len(cohort.lengths)
+    groups, grid = len(cohort.lengths), cohort.grid
+    own = query.unflatten(1, (keys.shape[1], -1))  # [R, H_kv, copies, D]: heads that share a key ask side by side
     prompt_keys, prompt_values = layer.prompt_keys[:groups], layer.prompt_values[:groups]
-    grid = cohort.grid
-    shared = own.unflatten(0, (groups, grid)) if isinstance(grid, int) else own[grid.rows]  # [N, G, H_kv, copies, D]
-    places = shared.shape[1], own.shape[2]
-    shared = shared.transpose(1, 2).flatten(2, 3)  # [N, H_kv, G · copies, D]
 
-    def rows(of_grid: Tensor) -> Tensor:
-        """[N, H_kv, G · copies, …] → [R, H_kv, copies, …]"""
-        flat = of_grid.unflatten(2, places).transpose(1, 2).flatten(0, 1)
+    def to_grid(rows: Tensor) -> Tensor:
+        """[R, H_kv, copies, …] → [N, H_kv, G · copies, …]"""
+        places = rows.unflatten(0, (groups, grid)) if isinstance(grid, int) else rows[grid.rows]
+        return places.transpose(1, 2).flatten(2, 3)
+
+    def to_rows(places: Tensor) -> Tensor:
+        """And back."""
+        flat = places.unflatten(2, (-1, own.shape[2])).transpose(1, 2).flatten(0, 1)
         return flat if isinstance(grid, int) else flat[grid.places]
 
-    same_width = query.shape[-1] == values.shape[-1]
-    if query.device.type == "cpu" and softcap is None and sinks is None and same_width:
-        from_prompt, prompt_lse = _flash(shared, prompt_keys, prompt_values, bias, scaling)
-        from_own, own_lse = _flash(own, keys, values, None, scaling)
-        share = torch.sigmoid(rows(prompt_lse) - own_lse).unsqueeze(-1).to(from_own.dtype)
-        return torch.lerp(from_own, rows(from_prompt), share).flatten(1, 2)
+    prompt_scores = to_rows(to_grid(own) @ prompt_keys.mT)
+    # A single key would be compiled for itself.
+    how = _compiled_mix if cohort.fused and keys.shape[2] > 1 else mix
+    of_prompt, from_own = how(prompt_scores, own, keys, values, bias, scaling, softcap, sinks)
+    return (to_rows(to_grid(of_prompt) @ prompt_values) + from_own).flatten(1, 2).to(query.dtype)
+
+
+def mix(
+    prompt_scores: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    *,
+    fused: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One softmax over the scores of the prompt [R, H_kv, C, P] and of the row's own tokens.
+
+    Gives the prompt's weights, [R, H_kv, C, P], and what comes from the own tokens, [R, H_kv, C, D_value]. ``fused``
+    writes products as sums, of which a compiler makes loops that read each key and value once.
+    """
     wide = torch.promote_types(query.dtype, torch.float32)
-    prompt_scores = rows(shared @ prompt_keys.mT).to(wide) * scaling
-    own_scores = (own @ keys.mT).to(wide) * scaling
-    scores = torch.cat([prompt_scores, own_scores], -1)
+    width = prompt_scores.shape[-1]
+    query = query.to(wide if fused else keys.dtype)
+    own_scores = (query.unsqueeze(-2) * keys.unsqueeze(-3)).sum(-1) if fused else query @ keys.mT
+    scores = torch.cat([prompt_scores.to(wide), own_scores.to(wide)], -1) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    width = prompt_keys.shape[2]
     if bias is not None:
-        scores[..., :width] += bias[cohort._put(cohort.group), None, None]
+        scores[..., :width] += bias
     if sinks is not None:
-        column = sinks.to(wide).view(1, heads, -1, 1).expand(*scores.shape[:-1], 1)
+        column = sinks.to(wide).view(1, keys.shape[1], -1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, column], -1)
-    weights = scores.softmax(-1).to(query.dtype)
-    of_prompt, of_own = weights[..., :width], weights[..., width : width + keys.shape[2]]
-    in_grid = of_prompt.unflatten(0, (groups, grid)) if isinstance(grid, int) else of_prompt[grid.rows]
-    from_prompt = in_grid.transpose(1, 2).flatten(2, 3) @ prompt_values
-    return (rows(from_prompt) + of_own @ values).flatten(1, 2)
+    weights = scores.softmax(-1)
+    of_own = weights[..., width : width + keys.shape[2]]
+    from_own = (of_own.unsqueeze(-1) * values.unsqueeze(-3)).sum(-2) if fused else of_own.to(values.dtype) @ values
+    return weights[..., :width].to(prompt_scores.dtype), from_own
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
-    """The CPU's kernel: [B, H, Q, D] against [B, H, K, D], and the log-sum-exp of the scores, [B, H, Q].
+def _compiled_mix(prompt_scores: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    # Sizes that happen to be equal, and strides, would be compiled for themselves too.
+    with shape_config.patch(use_duck_shape=False):
+        try:
+            return _fused_mix(prompt_scores.contiguous(), *others)
+        except BackendCompilerFailed as error:
+            raise SettingsError(
+                f"PyTorch can't compile here: {str(error).splitlines()[0]}",
+                where="compile",
+                way_out="install a C++ compiler (Debian: apt install g++), or sample without",
+            ) from error
 
-    In bfloat16 where the CPU multiplies it, else in float32 at least.
-    """
-    native = query.dtype == torch.bfloat16 and cpu_multiplies(torch.bfloat16)
-    dtype = query.dtype if native else torch.promote_types(query.dtype, torch.float32)
-    mask = None if bias is None else bias[:, None, None].to(dtype).expand(len(bias), 1, query.shape[2], bias.shape[1])
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query.to(dtype), key.to(dtype), value.to(dtype), 0.0, False, attn_mask=mask, scale=scaling
-    )
-    return out.to(query.dtype), lse
+
+@partial(torch.compile, dynamic=True)
+def _fused_mix(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return mix(*arguments, fused=True)

@@ -74,8 +74,10 @@ class TreeDecoder:
 
     path = "tree"
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, fused: bool = False) -> None:
+        """``fused``: attention as compiled loops (see ``trueup.rollout.cohort``)."""
         self.model = model
+        self.fused = fused
 
     def together(self, lengths: Sequence[int]) -> list[list[int]]:
         """Of similar lengths, as they are padded to the longest: at most twice the shortest and a little."""
@@ -93,7 +95,7 @@ class TreeDecoder:
 
     def start(self, prompts: Sequence[np.ndarray], copies: Sequence[int], room: int) -> tuple[Cohort, Tensor]:
         device = self.model.device
-        cohort = Cohort([len(prompt) for prompt in prompts], copies, room, device)
+        cohort = Cohort([len(prompt) for prompt in prompts], copies, room, device, self.fused)
         layout = PromptLayout(cohort)
         tokens = torch.from_numpy(np.concatenate(prompts)).to(device)
         states = self._forward(tokens, layout.tree.positions, layout, padding=grid_padding)

@@ -19,6 +19,7 @@ from trueup.errors import DataError, NonFiniteError, OutOfMemoryError, SettingsE
 from trueup.models.load import DtypeName, context_length, embedding_rows, resolve_dtype
 from trueup.models.scorer import first_exact, plain_logprobs, plain_model
 from trueup.records import Completion, CompletionGroup, StopReason
+from trueup.rollout.cohort import own_dtype
 from trueup.rollout.decoders import Decoder, RowDecoder, TreeDecoder, forced_logprobs, keep_rows
 from trueup.rollout.packing import pack_linears
 from trueup.rollout.sampling import Sampled, sample
@@ -49,10 +50,12 @@ class TorchEngine:
     once, a completion counted with the most that it can get; None: as many as 2 GiB hold (8 GiB on a GPU).
     ``dtype``: of the copy, "auto" being bfloat16 where the hardware multiplies it, "same" the model's own. Weights of
     this type share the model's memory, but may be laid out anew for products (``trueup.rollout.packing``): what the
-    model learns is sampled from after ``update_weights``.
+    model learns is sampled from after ``update_weights``. ``compiled``: attention to a completion's own tokens by
+    ``torch.compile``: seconds at its
+    first uses, less memory and time from then on.
 
-    Raises ``SettingsError`` for a bad setting, ``ModelError`` if no way of decoding reproduces the model's plain
-    forward pass.
+    Raises ``SettingsError`` for a bad setting or where nothing can be compiled, ``ModelError`` if no way of decoding
+    reproduces the model's plain forward pass.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class TorchEngine:
         *,
         max_batch_tokens: int | None = None,
         dtype: DtypeName | Literal["same"] = "auto",
+        compiled: bool = False,
     ) -> None:
         if max_batch_tokens is not None and max_batch_tokens < 1:
             raise SettingsError(f"{max_batch_tokens} is out of range", where="max_batch_tokens", way_out="1 or more")
@@ -69,7 +73,8 @@ class TorchEngine:
         given = plain_model(model)
         self.device: torch.device = given.device
         self.model = sampling_copy(model, given.dtype if dtype == "same" else resolve_dtype(dtype, self.device))
-        self.decoder = _prepare_decoder(self.model)
+        self.compiled = compiled
+        self.decoder = _prepare_decoder(self.model, compiled)
         pack_linears(self.model)
         self.max_batch_tokens = max_batch_tokens
 
@@ -187,7 +192,7 @@ class TorchEngine:
             return self.max_batch_tokens
         memory = CACHE_BYTES.get(self.device.type, CACHE_BYTES["cuda"])
         longest = max((len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True)), default=1)
-        return max(memory // cache_bytes_per_token(self.model), longest)
+        return max(memory // cache_bytes_per_token(self.model, self.compiled), longest)
 
     def _orders(self, prompts: Sequence[np.ndarray], rooms: Sequence[int], copies: int, budget: int) -> Iterator[Order]:
         """The prompts, those whose completions don't all fit at once several times."""
@@ -254,9 +259,9 @@ class TorchEngine:
         return Sampled(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
-def _prepare_decoder(model: Any) -> Decoder:
+def _prepare_decoder(model: Any, compiled: bool) -> Decoder:
     """The decoder that reproduces the model's plain forward pass, prompts shared if possible; sets its attention."""
-    candidates = [TreeDecoder, RowDecoder, partial(RowDecoder, cached=False)]
+    candidates = [partial(TreeDecoder, fused=compiled), RowDecoder, partial(RowDecoder, cached=False)]
     candidate, attention, differences = first_exact(model, candidates, plain_logprobs, forced_logprobs)
     if differences:
         warnings.warn(
@@ -282,13 +287,13 @@ def out_of_memory(
     )
 
 
-def cache_bytes_per_token(model: Any) -> int:
-    """What the keys and values of one token take, by the model's config."""
+def cache_bytes_per_token(model: Any, fused: bool) -> int:
+    """What the keys and values of one token of a completion take, by the model's config."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    return 2 * config.num_hidden_layers * key_heads * width * model.dtype.itemsize
+    return 2 * config.num_hidden_layers * key_heads * width * own_dtype(model.dtype, model.device, fused).itemsize
 
 
 class Order(NamedTuple):

@@ -117,7 +117,13 @@ def load_players(
 
 def load_engine(settings: PolicySettings, model: Any, tokenizer: Any) -> Engine:
     """What samples from a model."""
-    return TorchEngine(model, tokenizer, max_batch_tokens=settings.max_batch_tokens, dtype=settings.rollout_dtype)
+    return TorchEngine(
+        model,
+        tokenizer,
+        max_batch_tokens=settings.max_batch_tokens,
+        dtype=settings.rollout_dtype,
+        compiled=settings.rollout_compile,
+    )
 
 
 def frozen_copy(scorer: Scorer) -> Scorer:

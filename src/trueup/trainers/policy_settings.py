@@ -59,6 +59,8 @@ class PolicySettings(RewardChoice, TrainSettings):
     rollout_dtype: Literal["same", "float32", "bfloat16"] = "same"
     """Precision of sampling. Another one than the model's takes a copy, refreshed after every rollout; see
     --importance."""
+    rollout_compile: bool = False
+    """Compile the sampler's attention: some 10 seconds at the start for faster sampling. Needs a C++ compiler."""
 
     gamma: float = 1.0
     """Discount of a token's reward per token before it. Below 1 it discounts a KL in the reward too."""
