@@ -342,7 +342,7 @@ def mix(
 
 def _compiled_mix(prompt_scores: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     # Sizes that happen to be equal, and strides, would be compiled for themselves too.
-    with shape_config.patch(use_duck_shape=False):
+    with shape_config.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
         try:
             return _fused_mix(prompt_scores.contiguous(), *others)
         except BackendCompilerFailed as error:
