@@ -135,6 +135,19 @@ def test_group_advantages_golden() -> None:
     )
 
 
+def test_groups_of_different_sizes() -> None:
+    """A masked entry, whatever stands there, changes nothing, and gets 0."""
+    scores = torch.tensor([[1.0, 3.0, 9.0], [5.0, math.inf, 5.0], [math.nan, 4.0, math.nan]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, False], [True, False, True], [False, True, False]])
+    assert group_centered(scores, mask).tolist() == [[-1, 1, 0], [0, 0, 0], [0, 0, 0]]
+    for ddof, std in ((0, 1.0), (1, math.sqrt(2))):
+        normalized = group_normalized(scores, mask, ddof=ddof, eps=0.0)
+        torch.testing.assert_close(normalized, group_centered(scores, mask) / std)
+    assert group_normalized(t(2, 4), b(0, 0), ddof=0, eps=0.0).tolist() == [0, 0]
+    with pytest.raises(ValueError, match="mask"):
+        group_centered.__wrapped__(t(2, 4), b(1))
+
+
 def test_leave_one_out_is_k_over_k_minus_one_times_centered() -> None:
     scores = torch.randn(5, 4, 7, dtype=torch.float64)
     torch.testing.assert_close(leave_one_out(scores), 7 / 6 * group_centered(scores))

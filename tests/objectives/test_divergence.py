@@ -14,6 +14,7 @@ from trueup.objectives.divergence import (
     k1,
     k2,
     k3,
+    k3_of_old,
     kl_penalized_rewards,
     prefix_ratio,
     prefix_weighted,
@@ -71,6 +72,7 @@ def test_estimators_golden() -> None:
     torch.testing.assert_close(k1(logprobs, ref), t(two, -two))
     torch.testing.assert_close(k2(logprobs, ref), t(two**2 / 2, two**2 / 2))
     torch.testing.assert_close(k3(logprobs, ref), t(0.5 - 1 + two, 2 - 1 - two))
+    torch.testing.assert_close(k3_of_old(logprobs, ref), t(2 - 1 - two, 0.5 - 1 + two))
     assert sequence_k2(logprobs, ref) == pytest.approx(0)
     rewards = kl_penalized_rewards(t(0, 1), logprobs, ref, kl_coef=0.5)
     torch.testing.assert_close(rewards, t(-two / 2, 1 + two / 2))
@@ -104,6 +106,7 @@ def test_gradients_match_finite_differences() -> None:
         lambda lp: k1(lp, ref),
         lambda lp: k2(lp, ref),
         lambda lp: k3(lp, ref),
+        lambda lp: k3_of_old(lp, ref),
         lambda lp: sequence_k2(lp, ref, mask),
         lambda lp: prefix_weighted(k3(lp, ref), lp, old, mask),
         lambda lp: token_weighted(k1(lp, ref), lp, old, mask),
@@ -115,7 +118,7 @@ def test_gradients_match_finite_differences() -> None:
 
 def test_reference_is_a_constant_and_the_shaped_reward_too() -> None:
     logprobs, ref = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    (k1(logprobs, ref) + k2(logprobs, ref) + k3(logprobs, ref)).sum().backward()
+    (k1(logprobs, ref) + k2(logprobs, ref) + k3(logprobs, ref) + k3_of_old(logprobs, ref)).sum().backward()
     sequence_k2(logprobs, ref).backward()
     assert ref.grad is None
     assert not kl_penalized_rewards(ref, logprobs, ref, kl_coef=0.1).requires_grad

@@ -25,11 +25,13 @@ from trueup.objectives.policy_gradient import (
     dual_clipped_surrogate,
     kl_penalized_surrogate,
     log_ratio,
+    masked_weights,
     ratio,
     reinforce,
     reinforce_discounted,
     sequence_ratio,
     sequence_ratio_per_token,
+    truncated_weights,
 )
 from trueup.objectives.reduce import sequence_mean, sequence_sum
 from trueup.objectives.returns import discounted_returns, discounts_from, elapsed_discounts
@@ -108,6 +110,17 @@ def test_cispo_golden() -> None:
     torch.testing.assert_close(high_only, t(0.1, 1.1, -3.0))
     both = cispo(logprobs, t(0.1, 1.1, 9.0), t(1, 1, -2), clip_high=0.5, clip_low=0.2)
     torch.testing.assert_close(both, t(0.8, 1.1, -3.0))
+
+
+def test_weights_for_samples_of_another_policy_golden() -> None:
+    ratios = t(0.25, 0.5, 0.7, 1, 1.9, 2, 3)
+    assert truncated_weights(ratios, cap=2).tolist() == [0.25, 0.5, 0.7, 1, 1.9, 2, 2]
+    assert masked_weights(ratios, cap=2).tolist() == [0, 0.5, 0.7, 1, 1.9, 2, 0]
+    # With a cap of 1 the first can only take away, and the second leaves what both policies agree on.
+    assert truncated_weights(ratios, cap=1).tolist() == [0.25, 0.5, 0.7, 1, 1, 1, 1]
+    assert masked_weights(ratios, cap=1).tolist() == [0, 0, 0, 1, 0, 0, 0]
+    assert not truncated_weights(ratios.requires_grad_(), cap=2).requires_grad
+    assert not masked_weights(ratios, cap=2).requires_grad
 
 
 def test_adapt_kl_penalty_golden() -> None:
@@ -390,6 +403,9 @@ def test_refusals() -> None:
         cispo(t(0), t(1), t(1), clip_high=-0.5)
     with pytest.raises(ValueError, match="clip_low"):
         cispo(t(0), t(1), t(1), clip_high=0.5, clip_low=1.5)
+    for weights in (truncated_weights, masked_weights):
+        with pytest.raises(ValueError, match=r"at least 1, not 0\.9"):
+            weights(t(1), cap=0.9)
     for adapt in (adapt_kl_penalty, adapt_kl_leash):
         with pytest.raises(ValueError, match="target"):
             adapt(0.1, 0.5, 0.0)

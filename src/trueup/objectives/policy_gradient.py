@@ -221,7 +221,7 @@ def cispo(
     return weight * reinforce(logprobs, advantages)
 
 
-def truncated_weights(ratio: Float[Tensor, "*batch"], *, cap: float) -> Float[Tensor, "*batch"]:
+def truncated_weights(ratio: Float[Tensor, "*batch"], *, cap: int | float) -> Float[Tensor, "*batch"]:
     """Truncated importance sampling: weights for samples of another policy, bounded from above.
 
         w = sg[min(ρ, C)],    ρ = π_old(a|s) / μ(a|s)
@@ -236,7 +236,7 @@ def truncated_weights(ratio: Float[Tensor, "*batch"], *, cap: float) -> Float[Te
     return ratio.detach().clamp(max=cap)
 
 
-def masked_weights(ratio: Float[Tensor, "*batch"], *, cap: float) -> Float[Tensor, "*batch"]:
+def masked_weights(ratio: Float[Tensor, "*batch"], *, cap: int | float) -> Float[Tensor, "*batch"]:
     """Masked importance sampling: a sample that the two policies see too differently takes no part.
 
         w = sg[ρ] if 1/C ≤ ρ ≤ C, else 0,    ρ = π_old(a|s) / μ(a|s)
@@ -292,7 +292,7 @@ def _clip_range(clip_low: float, clip_high: float) -> None:
         raise ValueError(f"need 0 ≤ clip_low ≤ 1 and clip_high ≥ 0, not {clip_low} and {clip_high}")
 
 
-def _cap(cap: float) -> None:
+def _cap(cap: int | float) -> None:
     if not cap >= 1:
         raise ValueError(f"the cap of a weight has to be at least 1, not {cap}")
 
