@@ -43,8 +43,10 @@ def documented() -> dict[str, dict[str, str]]:
 
 
 def same(written: str, value: Any) -> bool:
-    if value in (None, ()) or isinstance(value, bool):
-        return written == {True: "yes", False: "no"}.get(value, "–")
+    if isinstance(value, bool):
+        return written == ("yes" if value else "no")
+    if value is None or value == ():
+        return written == "–"
     return type(value)(written.replace(",", "")) == value
 
 
