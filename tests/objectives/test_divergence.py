@@ -66,6 +66,19 @@ def test_categorical_kl_names_the_other_one() -> None:
         categorical_kl.__wrapped__(t(0.5, 0.5).log(), t(1.0).log())
 
 
+@pytest.mark.parametrize("apart", [0.0, 1e-4, 1.0, 10.0])
+def test_kl_is_never_negative(apart: float) -> None:
+    """Jensen: log E[π_ref/π] bounds −KL and is 0; and every k3, whose mean it is, is not negative. 0 only if equal."""
+    generator = torch.Generator().manual_seed(5)
+    logits, direction = torch.randn((2, 200, 7), generator=generator, dtype=torch.float64)
+    logprobs, ref = torch.log_softmax(logits, -1), torch.log_softmax(logits + apart * direction, -1)
+    kl = categorical_kl(logprobs, ref)
+    torch.testing.assert_close((logprobs.exp() * (ref - logprobs).exp()).sum(-1).log(), torch.zeros_like(kl))
+    assert (k3(logprobs, ref) >= 0).all()
+    torch.testing.assert_close((logprobs.exp() * k3(logprobs, ref)).sum(-1), kl, rtol=1e-5, atol=1e-15)
+    assert (kl > 0).all() if apart else (kl == 0).all()
+
+
 def test_estimators_golden() -> None:
     logprobs, ref = t(0.5, 0.5).log(), t(0.25, 1.0).log()
     two = math.log(2)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from trueup.mdp import Trajectories, enumerate_trajectories, tabular
+from trueup.mdp import SequenceSpace, Trajectories, enumerate_trajectories, tabular
 from trueup.mdp import softmax as exact
 from trueup.mdp.random import random_mdp
 from trueup.mdp.tabular import TabularMDP
@@ -388,6 +389,37 @@ def test_importance_weights_carry_trajectories_of_one_policy_to_another() -> Non
     torch.testing.assert_close(gradient(objective, other), gradient(truth, other), rtol=0, atol=1e-10)
     per_step = probabilities * sequence_sum(log_ratios.exp() * case.elapsed * case.returns, case.mask)
     assert (gradient(per_step, other) - gradient(exact.expected_return(case.mdp, other), other)).abs().max() > 1e-2
+
+
+def test_variance_of_importance_weights_grows_as_policies_part() -> None:
+    """Over all trajectories: Var_old[ρ] = E_π[ρ] − 1 ≥ e^KL − 1, and the mean of what is weighed stays right."""
+    case = enumerated(0)
+    old = torch.tensor(case.paths.probabilities)
+    direction = torch.randn(5, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    sampled, variances = case.logprobs(case.logits).detach(), []
+    for distance in (0.0, 0.3, 1.0, 2.0, 4.0):
+        moved = case.logits.detach() + distance * direction
+        log_ratios = log_ratio(case.logprobs(moved), sampled, case.mask).sum(-1)
+        weights = log_ratios.exp()
+        variance = (old * (weights - 1).square()).sum()
+        torch.testing.assert_close((old * weights * case.returns[:, 0]).sum(), exact.expected_return(case.mdp, moved))
+        torch.testing.assert_close(variance, (old * weights * weights).sum() - 1)
+        assert variance >= (old * weights * log_ratios).sum().exp() - 1
+        variances.append(variance.item())
+    assert variances[0] == 0
+    assert all(later > 1.5 * earlier for earlier, later in pairwise(variances))
+
+
+def test_importance_weights_of_independent_tokens_multiply_their_second_moments() -> None:
+    """E_π[ρ] of T tokens that are drawn alike is that of one to the power of T: exponential in the length."""
+    new, old = torch.log_softmax(torch.tensor([[0.5, 0.0, -1.0], [0.0, 0.2, 0.4]], dtype=torch.float64), -1)
+    one = (new.exp() * (new - old).exp()).sum()
+    for length in (1, 2, 5):
+        space = SequenceSpace(vocabulary_size=3, max_length=length)
+        logprobs, old_logprobs = (space.token_logprobs(each.expand(space.num_contexts, 3)) for each in (new, old))
+        whole = ratio(logprobs, old_logprobs).prod(-1)
+        torch.testing.assert_close((old_logprobs.sum(-1).exp() * whole.square()).sum(), one**length)
+    assert one > 1.1
 
 
 def test_refusals() -> None:
