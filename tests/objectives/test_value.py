@@ -13,6 +13,7 @@ from trueup.objectives.value import (
     clipped_value_loss,
     double_q_learning_target,
     expected_sarsa_target,
+    explained_variance,
     huber_value_loss,
     q_learning_target,
     sarsa_target,
@@ -34,6 +35,18 @@ def test_losses_golden() -> None:
     assert clipped_value_loss(t(3, 3), t(1, 1), t(5, 0), clip=0.0).tolist() == [8, 4.5]
     assert huber_value_loss(t(0.5, 3, -3), t(0, 0, 0), delta=1.0).tolist() == [0.125, 2.5, 2.5]
     assert huber_value_loss(t(3), t(0), delta=2.0).tolist() == [4]
+
+
+def test_explained_variance_golden() -> None:
+    returns = torch.tensor([[1.0, 3.0], [5.0, 7.0]], dtype=torch.float64)  # variance 5
+    assert explained_variance(returns, returns) == 1
+    assert explained_variance(returns + 4, returns) == 1
+    assert explained_variance(torch.full_like(returns, 9), returns) == 0
+    assert explained_variance(returns / 2, returns) == 0.75
+    assert explained_variance(-returns, returns) == -3
+    assert explained_variance(returns, torch.full_like(returns, 9)) == 0
+    with pytest.raises(ValueError, match="targets"):
+        explained_variance.__wrapped__(returns, returns[0])
 
 
 def test_targets_golden() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from trueup.data.dialogues import hh_conversation, is_hh, split_at_turns
 from trueup.data.preferences import hh_prompt_in, is_hh_prompt, is_whole
 from trueup.data.report import ReadReport, read_all
 from trueup.data.rows import Fields, Row, Source, scan_rows
+from trueup.data.sampled import plain_json
 from trueup.errors import DataError
 from trueup.records import Message, RankedCompletions, Text
 
@@ -37,6 +40,16 @@ class Request(NamedTuple):
     number: int
     row: PromptRow
     tokens: np.ndarray
+
+
+def requests_fingerprint(requests: Sequence[Request]) -> str:
+    """Changes with the order of the requests, their numbers, tokens and columns; not with the name of their file."""
+    digest = hashlib.blake2b(digest_size=16)
+    for request in requests:
+        row = [request.number, plain_json(request.row.prompt), plain_json(request.row.columns)]
+        digest.update(json.dumps(row).encode())
+        digest.update(request.tokens.astype(np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def read_prompts(

@@ -14,6 +14,20 @@ from torch import Tensor
 from trueup.objectives.shapes import require_same_shape
 
 
+def explained_variance(values: Float[Tensor, "*batch"], returns: Float[Tensor, "*batch"]) -> Float[Tensor, ""]:
+    """How much of the returns' variance the values explain.
+
+        1 − Var(G − V) / Var(G)
+
+    1: all of it; 0: no more than a constant does; below 0: less. An offset of all values is not seen. 0 for returns
+    that are all equal. Shapes: [...], alike → []. Raises ``ValueError`` if the shapes differ.
+    Source: the coefficient of determination, of the values without their mean error.
+    """
+    left = _error(values, returns).var(correction=0)
+    variance = returns.var(correction=0)
+    return torch.where(variance > 0, 1 - left / variance, 0.0)
+
+
 def value_loss(values: Float[Tensor, "*batch"], returns: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """Half the squared error.
 

@@ -5,7 +5,6 @@ Beside the file, under its name and ``.config.json``, lies what it was begun wit
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from trueup.data.prompts import PromptRow, Request
-from trueup.data.sampled import plain_json, sampled_line
+from trueup.data.prompts import PromptRow, Request, requests_fingerprint
+from trueup.data.sampled import sampled_line
 from trueup.errors import CheckpointError
 from trueup.records import Completion, CompletionGroup, StopReason, Text
 from trueup.rollout.engine import Engine
@@ -126,16 +125,6 @@ def open_file(output: Path, record: Mapping[str, Any], resume: Resume) -> list[t
 def config_path(output: Path) -> Path:
     """``samples.jsonl`` → ``samples.jsonl.config.json``."""
     return output.with_name(f"{output.name}.config.json")
-
-
-def requests_fingerprint(requests: Sequence[Request]) -> str:
-    """Changes with the order of the requests, their numbers, tokens and columns; not with the name of their file."""
-    digest = hashlib.blake2b(digest_size=16)
-    for request in requests:
-        row = [request.number, plain_json(request.row.prompt), plain_json(request.row.columns)]
-        digest.update(json.dumps(row).encode())
-        digest.update(request.tokens.astype(np.int64).tobytes())
-    return digest.hexdigest()
 
 
 def _read(line: Line) -> tuple[list[int], list[StopReason]]:

@@ -59,15 +59,6 @@ def stream_fingerprint(source: Any, first: Iterable[CompletionGroup]) -> str:
     return digest.hexdigest()
 
 
-def prompts_fingerprint(requests: Iterable[Any]) -> str:
-    """Of prompts that are to be answered: changes with any token, any column that rewards read, and with the order."""
-    digest = _digest()
-    for request in requests:
-        _update(digest, request.tokens)
-        digest.update(repr(sorted(request.row.columns.items(), key=lambda item: item[0])).encode())
-    return digest.hexdigest()
-
-
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Changes with the vocabulary, the special tokens and the chat template."""
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.chat_template)

@@ -11,13 +11,13 @@ import numpy as np
 
 from trueup.data.chat import Prompts, completion_text, load_prompts, stop_token_ids
 from trueup.data.collate import epoch_order, first_human_turn, is_held_out, num_steps
-from trueup.data.prompts import Request
+from trueup.data.prompts import Request, requests_fingerprint
 from trueup.data.settings import TokenizeSettings
 from trueup.errors import DataError, SettingsError
 from trueup.models.load import context_length
 from trueup.records import CompletionGroup
 from trueup.rewards.samples import Samples
-from trueup.trainers.fingerprint import prompts_fingerprint, tokenizer_fingerprint
+from trueup.trainers.fingerprint import tokenizer_fingerprint
 from trueup.trainers.policy_settings import PolicySettings
 
 
@@ -114,8 +114,8 @@ def load_policy_inputs(
         how=how,
         seed=settings.seed,
         fingerprints={
-            "training data": prompts_fingerprint(train),
-            "held-out data": prompts_fingerprint(held_out),
+            "training data": requests_fingerprint(train),
+            "held-out data": requests_fingerprint(held_out),
             "tokenizer": tokenizer_fingerprint(tokenizer),
         },
     )

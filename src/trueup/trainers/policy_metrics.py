@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trueup.objectives import divergence, reduce
+from trueup.objectives.value import explained_variance
 from trueup.records import StopReason
 from trueup.rewards.samples import RewardScores
 from trueup.trainers.algorithms import Learned
@@ -55,12 +56,9 @@ def critic_metrics(x: Experience) -> dict[str, float]:
     have always reported."""
     assert x.values is not None
     assert x.returns is not None
-    returns, values = x.returns[x.mask], x.values[x.mask]
-    variance = returns.var(correction=0).item()
-    left = (returns - values).var(correction=0).item()
     ends = [completion.stop_reason is StopReason.END for group in x.groups for completion in group.completions]
     return {
-        "explained_variance": 1.0 - left / variance if variance > 0 else 0.0,
+        "explained_variance": explained_variance(x.values[x.mask], x.returns[x.mask]).item(),
         "objective/rlhf_reward": x.totals.mean().item(),
         "objective/non_score_reward": (x.totals - x.scores).mean().item(),
         "val/num_eos_tokens": float(sum(ends)),
