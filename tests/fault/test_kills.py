@@ -32,7 +32,7 @@ ONLINE: dict[str, dict[str, Any]] = {
     "dapo": {"filter_groups": True, "max_draws": 3, "reward": ("exact",)},
     "reinforce": {"lora_rank": 2, "kl_target": 0.5, "target_kl": 0.02},
     "gspo": {"rollout_dtype": "bfloat16", "importance": "truncated"},
-    "rft": {"success_score": 0.5},
+    "rft": {"success_score": -0.6},
 }
 """By recipe: a reference that moves; a critic, KL in the reward with an adaptive leash; groups that are drawn again;
 LoRA, rollouts that end early; a copy in bfloat16 to sample from; samples from the start, evaluations of the policy."""
