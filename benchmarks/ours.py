@@ -102,6 +102,7 @@ def online_settings(args: argparse.Namespace, output: Path, **changes: Any) -> P
         "group_size": case.group_size,
         "max_new_tokens": case.new_tokens,
         "kl_coef": args.kl_coef,
+        "rollout_compile": args.compile,
     }
     return PolicySettings(**(policy_defaults("grpo") | given | changes))
 
@@ -182,6 +183,7 @@ def emit_step(line: Mapping[str, Any], seconds: float, **more: Any) -> None:
 def main() -> None:
     parser = protocol.side_parser("trueup's side of the step benchmark.")
     parser.add_argument("--tokens-per-batch", type=int, help="by default that of the settings")
+    parser.add_argument("--compile", action="store_true", help="GRPO only: the sampler's attention")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the command line does

@@ -115,6 +115,18 @@ def vllm_python(device: str) -> Path:
     return run.made_environment(run.environment_of("vllm", device), *installs)
 
 
+def pythons(peers: Sequence[str], device: str) -> dict[str, Path]:
+    """The interpreters of our side and its peers; a peer that can't be installed is left out, which is said."""
+    makers = {"transformers": run.peer_python, "vllm": vllm_python}
+    found = {OURS: run.our_python()}
+    for peer in peers:
+        try:
+            found[peer] = makers[peer](device)
+        except subprocess.CalledProcessError as error:
+            say(f"{peer} can't be installed, and is left out: {error}")
+    return found
+
+
 def side_environment(side: str, python: Path, threads: int, allocator: str) -> dict[str, str]:
     """The variables of a side.
 
@@ -241,10 +253,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", choices=("transformers", "vllm"), default=["transformers", "vllm"])
     parser.add_argument("--precision", choices=protocol.PRECISIONS, default="bfloat16")
     parser.add_argument("--repetitions", type=int, default=3, help="timed rollouts of a process, after one to warm up")
-    parser.add_argument(
-        "--transformers-options", help="options of rollout_side.py in one string, in place of the search"
-    )
-    parser.add_argument("--vllm-options", help="the same for vLLM")
+    parser.add_argument("--our-options", default="", help="options of rollout_side.py in one string: we don't search")
+    parser.add_argument("--transformers-options", help="the same, in place of the search")
+    parser.add_argument("--vllm-options", help="the same")
     parser.add_argument(
         "--output", type=Path, default=run.ROOT / "build" / "rollout", help="writes OUTPUT.json, OUTPUT.md"
     )
@@ -260,7 +271,7 @@ def main() -> int:
         return 2
     given = {"transformers": args.transformers_options, "vllm": args.vllm_options}
     given = {side: tuple(options.split()) for side, options in given.items() if side in args.peers and options}
-    makers = {"transformers": run.peer_python, "vllm": vllm_python}
+    given = {OURS: tuple(args.our_options.split())} | given
     rows: list[Row] = []
     record: dict[str, Any] = {"machine": run.machine(), "settings": {k: str(v) for k, v in vars(args).items()}}
     with tempfile.TemporaryDirectory(prefix="trueup-rollout-") as folder:
@@ -270,14 +281,14 @@ def main() -> int:
             threads=args.threads,
             device=args.device,
             repetitions=args.repetitions,
-            pythons={OURS: run.our_python()} | {side: makers[side](args.device) for side in args.peers},
+            pythons=pythons(args.peers, args.device),
         )
         try:
             run.prepare_cases(args, bench.work)
-            plain = {side: CANDIDATES[args.device][side][0] for side in bench.pythons}
-            record["checks"] = {case: bench.check(case, plain) for case in args.cases}
+            checked = {side: given.get(side, CANDIDATES[args.device][side][0]) for side in bench.pythons}
+            record["checks"] = {case: bench.check(case, checked) for case in args.cases}
             for case, allocator in itertools.product(args.cases, args.allocators):
-                rows += bench.rows(case, allocator, args.rounds, {OURS: ()} | given)
+                rows += bench.rows(case, allocator, args.rounds, given)
                 say(markdown_table(rows[-len(bench.pythons) :]))
         except (SideFailed, Astray, subprocess.CalledProcessError) as error:
             say(str(error))

@@ -43,7 +43,7 @@ def ours(args: argparse.Namespace, case: protocol.Case) -> tuple[Sample, Greedy]
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the command line does
     model = load_model(str(args.work.policy), dtype=args.precision, device=args.device).model
-    engine = TorchEngine(model, dtype=args.precision)
+    engine = TorchEngine(model, dtype=args.precision, compiled=args.compile)
 
     def generate(prompts: Sequence[Sequence[int]], **how: Any) -> list[Any]:
         sampling = SamplingParams(max_new_tokens=case.new_tokens, **how)
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=64, help="transformers: rows at a time")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="transformers")
     parser.add_argument("--cache", choices=("static",), help="transformers; by default it grows")
-    parser.add_argument("--compile", action="store_true", help="transformers: with a static cache")
+    parser.add_argument("--compile", action="store_true", help="ours: attention; transformers: with a static cache")
     parser.add_argument("--block-size", type=int, help="vllm: tokens of a block of its cache, in place of its default")
     parser.add_argument("--several-processes", action="store_true", help="vllm: as by default, in place of one")
     parser.add_argument("--own-threads", action="store_true", help="vllm: as by default, its own choice of cores")

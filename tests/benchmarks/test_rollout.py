@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -116,6 +117,17 @@ def test_the_table_has_a_row_for_every_side_and_no_memory_that_was_not_measured(
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert cells[0] == [CASE, "keep", "trueup", "1,234 (1,234–1,234)", "", "1,500", ""]
     assert cells[1][4:] == ["2.50 (2.50–2.50)", "", "`--several-processes`"]
+
+
+def test_a_peer_that_cannot_be_installed_is_left_out_and_named(rollout, monkeypatch, capsys):
+    def fails(device: str) -> Path:
+        raise subprocess.CalledProcessError(1, "pip install vllm")
+
+    monkeypatch.setattr(rollout, "vllm_python", fails)
+    monkeypatch.setattr(rollout.run, "peer_python", lambda device: Path(device))
+    found = rollout.pythons(["transformers", "vllm"], "cuda")
+    assert list(found) == [rollout.OURS, "transformers"]
+    assert "vllm can't be installed" in capsys.readouterr().err
 
 
 def test_vllm_is_given_no_malloc_settings_but_what_its_manual_preloads(rollout, tmp_path):
