@@ -8,8 +8,10 @@ TORCH_INDEX ?=
 JOBS ?= 2
 # A part of the mutation run: make mutants MUTANTS='trueup.objectives.value.*'
 MUTANTS ?=
+# Models of make bench-gpu
+GPU_SIZES ?= 0.5b 1.5b
 
-.PHONY: demo test test-slow lint format mutants bench clean
+.PHONY: demo test test-slow lint format mutants bench bench-grpo bench-rollout bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -54,5 +56,20 @@ mutants: .venv-mutants/.installed  ## change the formulas one by one: which chan
 bench: $(VENV)/.installed  ## step times beside TRL, in an environment of its own
 	$(PYTHON) benchmarks/run.py
 
+bench-grpo: $(VENV)/.installed  ## the same for GRPO
+	$(PYTHON) benchmarks/run.py --objectives grpo --precision bfloat16 --output build/bench-grpo
+
+bench-rollout: $(VENV)/.installed  ## sampling alone beside transformers and vLLM
+	$(PYTHON) benchmarks/rollout.py
+
+bench-gpu: $(VENV)/.installed  ## all of these with larger models on a CUDA device
+	@for size in $(GPU_SIZES); do \
+	  for script in "run.py --objectives dpo sft reward grpo --output build/bench-gpu-$$size" \
+	                "rollout.py --output build/rollout-gpu-$$size"; do \
+	    $(PYTHON) benchmarks/$$script --device cuda --model-size $$size --precision bfloat16 --allocators default \
+	      --cases short-32k long-32k large-152k || exit; \
+	  done; \
+	done
+
 clean:
-	rm -rf $(VENV) .venv-trl .venv-mutants mutants .pytest_cache .ruff_cache build src/*.egg-info
+	rm -rf $(VENV) .venv-trl* .venv-vllm* .venv-mutants mutants .pytest_cache .ruff_cache build src/*.egg-info

@@ -55,7 +55,7 @@ def common_settings(args: argparse.Namespace, output: Path) -> dict[str, Any]:
         "output": str(output),
         "max_steps": args.num_steps,
         "dtype": args.precision,
-        "device": "cpu",
+        "device": args.device,
         "optimizer": "adamw",
         "learning_rate": protocol.LEARNING_RATE,
         "lr_schedule": "constant",
@@ -102,6 +102,7 @@ def online_settings(args: argparse.Namespace, output: Path, **changes: Any) -> P
         "group_size": case.group_size,
         "max_new_tokens": case.new_tokens,
         "kl_coef": args.kl_coef,
+        "rollout_compile": args.compile,
     }
     return PolicySettings(**(policy_defaults("grpo") | given | changes))
 
@@ -123,6 +124,8 @@ def train_online(args: argparse.Namespace, output: Path) -> None:
     )
     lines = list(read_metrics(RunFolder(output).metrics))
     for number, (line, next_line) in enumerate(pairwise(lines)):
+        if line["frac_reward_zero_std"]:
+            raise SystemExit(protocol.NO_SIGNAL)
         seconds = reward.times[number + 1] - reward.times[number]
         sample, scoring = next_line["sample_seconds"], next_line["score_seconds"] + next_line["prepare_seconds"]
         emit_step(line, seconds, parts={"sample": sample, "score": scoring, "learn": seconds - sample - scoring})
@@ -160,6 +163,18 @@ def replay(args: argparse.Namespace, output: Path) -> None:
         emit_step({"step": number + 1, "loss": tally.loss, "grad_norm": grad_norm}, time.perf_counter() - began)
 
 
+def wait_in_steps(device: str) -> None:
+    """Let the loops' clocks stop when the GPU is done with a step: they read the gradient norm, not the update."""
+    update = Stepper.step
+
+    def step(self: Stepper, number: int) -> tuple[float, float]:
+        found = update(self, number)
+        protocol.wait_for(device)
+        return found
+
+    Stepper.step = step
+
+
 def emit_step(line: Mapping[str, Any], seconds: float, **more: Any) -> None:
     with contextlib.redirect_stdout(sys.__stdout__):
         protocol.emit(step=line["step"] - 1, loss=line["loss"], grad_norm=line["grad_norm"], seconds=seconds, **more)
@@ -168,12 +183,14 @@ def emit_step(line: Mapping[str, Any], seconds: float, **more: Any) -> None:
 def main() -> None:
     parser = protocol.side_parser("trueup's side of the step benchmark.")
     parser.add_argument("--tokens-per-batch", type=int, help="by default that of the settings")
+    parser.add_argument("--compile", action="store_true", help="GRPO only: the sampler's attention")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the command line does
+    wait_in_steps(args.device)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
-        imported_mib = protocol.resident_mib()
+        imported_mib = protocol.used_mib(args.device)
         with contextlib.redirect_stdout(sys.stderr):
             if args.objective != "grpo":
                 train(args, output)
@@ -183,7 +200,7 @@ def main() -> None:
                 replay(args, output)
             else:
                 train_online(args, output)
-    protocol.emit(imported_mib=imported_mib, peak_mib=protocol.peak_mib())
+    protocol.emit(imported_mib=imported_mib, peak_mib=protocol.peak_mib(args.device))
 
 
 if __name__ == "__main__":

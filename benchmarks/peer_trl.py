@@ -50,14 +50,16 @@ class Stopwatch(TrainerCallback):
     collating before and logging after it, which is to the peer's advantage: our seconds hold the making of batches.
     """
 
-    def __init__(self, clocks: dict[str, float]) -> None:
-        self.clocks = clocks
+    def __init__(self, clocks: dict[str, float], device: str) -> None:
+        self.clocks, self.device = clocks, device
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.clocks.clear()
+        protocol.wait_for(self.device)
         self.began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        protocol.wait_for(self.device)
         self.seconds = time.perf_counter() - self.began
         self.parts = self.clocks | {"learn": self.seconds - sum(self.clocks.values())} if self.clocks else {}
 
@@ -100,21 +102,21 @@ class TimedGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         began = time.perf_counter()
         output = super()._generate_and_score_completions(inputs)
+        protocol.wait_for(self.accelerator.device.type)
         self.clocks["score"] = time.perf_counter() - began - self.clocks["sample"]
+        if not output["advantages"].view(-1, self.num_generations).any(-1).all():
+            raise SystemExit(protocol.NO_SIGNAL)
         if self.steps_file:
             protocol.add_step(self.steps_file, self._learned_from(output))
         return output
 
     def _learned_from(self, batch: dict[str, Any]) -> protocol.OnlineStep:
-        """Raises ``SystemExit`` if a group has no signal: it would be nothing to learn from."""
         size = self.num_generations
         prompts, completions = (
             [row[mask.bool()].tolist() for row, mask in zip(batch[f"{side}_ids"], batch[f"{side}_mask"], strict=True)]
             for side in ("prompt", "completion")
         )
         groups = [completions[start : start + size] for start in range(0, len(completions), size)]
-        if not batch["advantages"].view(-1, size).any(-1).all():
-            raise SystemExit("the completions of a prompt all have the same score")
         return protocol.OnlineStep(
             prompts=prompts[::size], completions=groups, scores=[protocol.score(group) for group in groups]
         )
@@ -144,7 +146,7 @@ def common_options(args: argparse.Namespace, folder: str, batch_size: int) -> di
         raise SystemExit(f"--micro-batch {args.micro_batch} does not divide the {batch_size} rows of a step")
     return {
         "output_dir": folder,
-        "use_cpu": True,
+        "use_cpu": args.device == "cpu",
         "bf16": args.precision == "bfloat16",
         "max_steps": args.num_steps,
         "per_device_train_batch_size": args.micro_batch,
@@ -157,7 +159,8 @@ def common_options(args: argparse.Namespace, folder: str, batch_size: int) -> di
         "adam_epsilon": protocol.EPSILON,
         "weight_decay": 0.0,
         "max_grad_norm": protocol.MAX_GRAD_NORM,
-        "dataloader_pin_memory": False,
+        "dataloader_pin_memory": args.device != "cpu",
+        "use_liger_kernel": args.liger,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -187,7 +190,11 @@ def online_trainer(args: argparse.Namespace, folder: str) -> TimedGRPOTrainer:
             loss_type="grpo",
             scale_rewards="group",
             temperature=1.0,
-            generation_kwargs={"eos_token_id": never_sampled},
+            generation_kwargs={"ignore_eos": True} if args.vllm else {"eos_token_id": never_sampled},
+            use_vllm=args.vllm,
+            vllm_mode="colocate",
+            vllm_max_model_length=case.longest + case.new_tokens,
+            vllm_importance_sampling_correction=False,
             cache_implementation=args.cache,
             shuffle_dataset=False,
             **common_options(args, folder, case.num_completions),
@@ -238,17 +245,19 @@ def main() -> None:
     parser.add_argument(
         "--weights", choices=protocol.PRECISIONS, default="float32", help="GRPO only: bfloat16 has no float32 masters"
     )
+    parser.add_argument("--vllm", action="store_true", help="GRPO on a GPU only: generates, in this process")
+    parser.add_argument("--liger", action="store_true", help="on a GPU only: Liger's kernels")
     parser.add_argument("--padding-free", action="store_true", help="SFT only: one flat row and position ids")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    imported_mib = protocol.resident_mib()
+    imported_mib = protocol.used_mib(args.device)
     # What the libraries print goes to the other stream: the output holds JSON lines and nothing else.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         peer = trainer(args, folder)
         peer.remove_callback(PrinterCallback)
-        peer.add_callback(Stopwatch(getattr(peer, "clocks", {})))
+        peer.add_callback(Stopwatch(getattr(peer, "clocks", {}), args.device))
         peer.train()
-    protocol.emit(imported_mib=imported_mib, peak_mib=protocol.peak_mib())
+    protocol.emit(imported_mib=imported_mib, peak_mib=protocol.peak_mib(args.device))
 
 
 if __name__ == "__main__":

@@ -61,17 +61,10 @@ def case_tokenizer(case: protocol.Case) -> PreTrainedTokenizerFast:
     )
 
 
-def model_config(tokenizer: Any, num_heads: int = 6) -> LlamaConfig:
-    """A Llama of 288 × 6: 6.0 M parameters in the layers, and 288 for each entry of the vocabulary (tied).
-
-    The number of heads changes neither: with 6 they have 48 dimensions, with 9 they have 32.
-    """
+def model_config(tokenizer: Any, size: str) -> LlamaConfig:
+    """A Llama of one of the sizes, its embeddings tied."""
     config = LlamaConfig(
-        hidden_size=288,
-        num_hidden_layers=6,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_heads,
-        intermediate_size=768,
+        **protocol.SIZES[size]._asdict(),
         vocab_size=len(tokenizer),
         max_position_embeddings=2 * MAX_LENGTH,
         tie_word_embeddings=True,
@@ -83,8 +76,8 @@ def model_config(tokenizer: Any, num_heads: int = 6) -> LlamaConfig:
     return config
 
 
-def write_models(work: protocol.Work, tokenizer: Any, num_heads: int = 6, *, online: bool = False) -> None:
-    config = model_config(tokenizer, num_heads)
+def write_models(work: protocol.Work, tokenizer: Any, size: str, *, online: bool = False) -> None:
+    config = model_config(tokenizer, size)
     if online:
         # The padding token is sampled like any other. As the model's it would be a row of zeros that transformers does
         # not train and trueup does; and the norm of a layer multiplies the gradient of zeros by 1,000.
@@ -145,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=lambda text: protocol.Work(folder=Path(text)), required=True)
     parser.add_argument("--cases", nargs="+", choices=tuple(protocol.CASES), help="their models, and no pairs")
-    parser.add_argument("--heads", type=int, default=9, help="of the models of the online cases")
+    parser.add_argument("--model-size", choices=tuple(protocol.SIZES), required=True, help="of the random models")
     parser.add_argument("--num-steps", type=int)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--data", type=Path, default=shared_data() / "hh-rlhf" / "helpful-base.test.jsonl.gz")
@@ -156,7 +149,7 @@ def main() -> None:
     if args.cases:
         for name in args.cases:
             tokenizer = case_tokenizer(protocol.CASES[name])
-            write_models(args.work.of_case(name), tokenizer, args.heads, online=True)
+            write_models(args.work.of_case(name), tokenizer, args.model_size, online=True)
         protocol.emit(cases=args.cases)
         return
     for path in (args.data, args.tokenizer):
@@ -179,7 +172,7 @@ def main() -> None:
     if args.model:
         write_pretrained(args.work, tokenizer, args.model)
     else:
-        write_models(args.work, tokenizer)
+        write_models(args.work, tokenizer, args.model_size)
     protocol.emit(
         num_pairs=len(pairs),
         mean_prompt=sum(len(pair.prompt) for pair in pairs) / len(pairs),

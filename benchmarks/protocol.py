@@ -1,6 +1,7 @@
 """What the two sides and the runner agree on: the arguments of a side, the files it reads and the lines it prints.
 
-Only the standard library, so that it imports in either environment and in neither.
+Only the standard library, so that it imports in either environment and in neither; what waits for a GPU or asks for its
+memory takes the PyTorch of the side that calls it.
 
 A side is called as ``python SIDE.py OBJECTIVE --work FOLDER …`` and prints one JSON object a line: for every optimiser
 step ``{"step", "loss", "grad_norm", "seconds"}`` (of GRPO also ``"parts"``, how the seconds are divided), and last
@@ -19,11 +20,31 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 OFFLINE = ("dpo", "sft", "reward")
 OBJECTIVES = (*OFFLINE, "grpo")
 PRECISIONS = ("float32", "bfloat16")
+DEVICES = ("cpu", "cuda")
+
+
+class Size(NamedTuple):
+    """Of a Llama with random weights, everything but its vocabulary, as LlamaConfig calls it."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+
+
+SIZES = {
+    "tiny": Size(64, 2, 2, 2, 128),  # for tests
+    "288x6": Size(288, 6, 6, 6, 768),
+    "288x6-9-heads": Size(288, 6, 9, 9, 768),  # of 32 dimensions: vLLM has no kernel for 48
+    "0.5b": Size(896, 24, 14, 2, 4864),  # as Qwen2.5-0.5B
+    "1.5b": Size(1536, 28, 12, 2, 8960),  # as Qwen2.5-1.5B
+}
 
 # One recipe for both sides: constant learning rate, no weight decay, gradient clipping as both have it by default.
 LEARNING_RATE = 1e-4
@@ -76,7 +97,10 @@ CASES = {
     "short-32k": Case(shortest=32, longest=96, group_size=8, vocabulary=32_000),
     "short-512": Case(shortest=32, longest=96, group_size=8, vocabulary=512),
     "long-32k": Case(shortest=512, longest=512, group_size=16, vocabulary=32_000),
+    "large-152k": Case(shortest=128, longest=512, group_size=8, vocabulary=151_936, num_prompts=16, new_tokens=256),
 }
+CPU_CASES = ("short-32k", "short-512", "long-32k")
+"""The last one is for a GPU."""
 
 
 def as_text(tokens: Sequence[int]) -> str:
@@ -86,6 +110,10 @@ def as_text(tokens: Sequence[int]) -> str:
 
 def word(token: int) -> str:
     return f"t{token}"
+
+
+NO_SIGNAL = "the completions of a prompt all have the same score"
+"""There would be nothing to learn from: a side that leaves such a group out would look fast."""
 
 
 def score(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
@@ -172,6 +200,7 @@ def side_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--case", choices=tuple(CASES), help="GRPO only: what is sampled")
     parser.add_argument("--kl-coef", type=float, default=0.0, help="GRPO only: β of the KL to the reference")
     parser.add_argument("--steps-file", type=Path, help="GRPO only: the peer's steps, for the check that both agree")
@@ -184,8 +213,20 @@ def emit(**fields: Any) -> None:
     sys.stdout.flush()
 
 
-def resident_mib() -> float:
-    """Resident memory of this process now, in MiB; NaN where there is no ``/proc``."""
+def wait_for(device: str) -> None:
+    """Return when the device has done all that it was asked for: before a clock stops."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def used_mib(device: str) -> float:
+    """Memory now, in MiB: resident in this process, NaN where there is no ``/proc``; of a GPU what PyTorch took."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated() / 2**20
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:
@@ -193,7 +234,23 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def peak_mib() -> float:
-    """The most resident memory that this process ever had, in MiB."""
+def peak_mib(device: str) -> float:
+    """The same at its peak. Of resident memory each living child process adds its own peak."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    own = peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return own + sum(map(_peak_of, _children(os.getpid())))
+
+
+def _children(process: int | str) -> list[str]:
+    """The processes below this one; none where there is no ``/proc``."""
+    found = [pid for file in Path(f"/proc/{process}/task").glob("*/children") for pid in file.read_text().split()]
+    return found + [below for pid in found for below in _children(pid)]
+
+
+def _peak_of(process: str) -> float:
+    status = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
+    return sum(int(line.split()[1]) / 2**10 for line in status if line.startswith("VmHWM:"))

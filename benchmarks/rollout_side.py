@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -41,8 +42,8 @@ def ours(args: argparse.Namespace, case: protocol.Case) -> tuple[Sample, Greedy]
 
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the command line does
-    model = load_model(str(args.work.policy), dtype=args.precision, device="cpu").model
-    engine = TorchEngine(model, dtype=args.precision)
+    model = load_model(str(args.work.policy), dtype=args.precision, device=args.device).model
+    engine = TorchEngine(model, dtype=args.precision, compiled=args.compile)
 
     def generate(prompts: Sequence[Sequence[int]], **how: Any) -> list[Any]:
         sampling = SamplingParams(max_new_tokens=case.new_tokens, **how)
@@ -68,6 +69,7 @@ def transformers(args: argparse.Namespace, case: protocol.Case) -> tuple[Sample,
     model = AutoModelForCausalLM.from_pretrained(
         args.work.policy, dtype=getattr(torch, args.precision), attn_implementation=args.attention
     ).eval()
+    model.to(args.device)
     model.generation_config.eos_token_id = None
 
     def generate(prompts: Sequence[Sequence[int]], **how: Any) -> Any:
@@ -75,8 +77,8 @@ def transformers(args: argparse.Namespace, case: protocol.Case) -> tuple[Sample,
         rows = [[case.padding_token] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         return model.generate(
-            input_ids=torch.tensor(rows),
-            attention_mask=torch.tensor(mask),
+            input_ids=torch.tensor(rows, device=args.device),
+            attention_mask=torch.tensor(mask, device=args.device),
             max_new_tokens=case.new_tokens,
             pad_token_id=case.padding_token,
             cache_implementation=args.cache,
@@ -107,7 +109,14 @@ def transformers(args: argparse.Namespace, case: protocol.Case) -> tuple[Sample,
 
 
 def vllm(args: argparse.Namespace, case: protocol.Case) -> tuple[Sample, Greedy]:
-    """vLLM on ids, without tokenizer and text; prefix caching on. Its variables: ``side_environment`` in rollout.py."""
+    """vLLM on ids, without tokenizer and text; prefix caching on. Its other variables: ``side_environment``.
+
+    In one process, unless it is told otherwise: an engine and a worker in processes of their own wait for each other in
+    loops that take the cores from the work.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(args.several_processes))
+    if not args.own_threads:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     from vllm import LLM, SamplingParams
 
     engine = LLM(
@@ -115,7 +124,7 @@ def vllm(args: argparse.Namespace, case: protocol.Case) -> tuple[Sample, Greedy]
         skip_tokenizer_init=True,
         dtype=args.precision,
         enable_prefix_caching=True,
-        block_size=args.block_size,
+        **({"block_size": args.block_size} if args.block_size else {}),
         max_model_len=case.longest + case.new_tokens,
         max_num_seqs=case.num_completions,
         enforce_eager=args.eager,
@@ -152,14 +161,15 @@ def surprise(args: argparse.Namespace, case: protocol.Case) -> None:
 
     torch.set_num_threads(args.threads)
     model = AutoModelForCausalLM.from_pretrained(args.work.policy, dtype=torch.float32).eval()
+    model.to(args.device)
     sampled = protocol.read_steps(args.sampled)[0]
     values = []
     with torch.no_grad():
         for prompt, completions in zip(sampled.prompts, sampled.completions, strict=True):
             if len(completions) != case.group_size or any(len(each) != case.new_tokens for each in completions):
                 raise SystemExit(f"not {case.group_size} completions of {case.new_tokens} tokens each")
-            rows = torch.tensor([prompt + completion for completion in completions])
-            logprobs = model(rows).logits[:, len(prompt) - 1 : -1].log_softmax(-1)
+            rows = torch.tensor([prompt + completion for completion in completions], device=args.device)
+            logprobs = model(rows, logits_to_keep=case.new_tokens + 1).logits[:, :-1].log_softmax(-1)
             entropy = -(logprobs.exp() * logprobs).sum(-1)
             values.append(logprobs.gather(-1, rows[:, len(prompt) :, None]).squeeze(-1) + entropy)
     flat = torch.cat([each.flatten() for each in values]).double()
@@ -174,13 +184,16 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=4, help="rollouts; the first is to warm up")
     parser.add_argument("--precision", choices=protocol.PRECISIONS, default="bfloat16")
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--device", choices=protocol.DEVICES, default="cpu")
     parser.add_argument("--greedy", type=Path, help="write the greedy completions here, and time nothing")
     parser.add_argument("--sampled", type=Path, help="write the last rollout here (of surprise: read it)")
     parser.add_argument("--micro-batch", type=int, default=64, help="transformers: rows at a time")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="transformers")
     parser.add_argument("--cache", choices=("static",), help="transformers; by default it grows")
-    parser.add_argument("--compile", action="store_true", help="transformers: with a static cache")
-    parser.add_argument("--block-size", type=int, default=64, help="vllm: tokens of a block of its cache")
+    parser.add_argument("--compile", action="store_true", help="ours: attention; transformers: with a static cache")
+    parser.add_argument("--block-size", type=int, help="vllm: tokens of a block of its cache, in place of its default")
+    parser.add_argument("--several-processes", action="store_true", help="vllm: as by default, in place of one")
+    parser.add_argument("--own-threads", action="store_true", help="vllm: as by default, its own choice of cores")
     parser.add_argument("--eager", action="store_true", help="vllm: without torch.compile")
     parser.add_argument("--logprobs", action="store_true", help="vllm: with the log-prob of each token, as ours always")
     args = parser.parse_args()
@@ -194,7 +207,7 @@ def main() -> None:
             tokens, logprobs = greedy(case.prompts())
             args.greedy.write_text(json.dumps({"tokens": tokens, "logprobs": logprobs}), encoding="utf-8")
             return
-        imported_mib, seconds = protocol.resident_mib(), []
+        imported_mib, seconds = protocol.used_mib(args.device), []
         prompts, completions = [], []
         for number in range(args.repetitions):
             prompts = case.prompts(number)
@@ -205,7 +218,10 @@ def main() -> None:
             protocol.add_step(args.sampled, protocol.OnlineStep(prompts=prompts, completions=completions, scores=[]))
     for each in seconds:
         protocol.emit(tokens=case.num_tokens, seconds=each)
-    protocol.emit(imported_mib=imported_mib, peak_mib=protocol.peak_mib())
+    # vLLM takes the share of a GPU that it is told to.
+    comparable = args.side != "vllm" or args.device == "cpu"
+    peak_mib = protocol.peak_mib(args.device) if comparable else math.nan
+    protocol.emit(imported_mib=imported_mib, peak_mib=peak_mib)
 
 
 if __name__ == "__main__":

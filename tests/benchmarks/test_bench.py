@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 import math
+import random
+import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    """``benchmarks/run.py``: a script beside its modules, not a package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("run")
 
 
 def make_run(bench: ModuleType, *steps: tuple[float, float, float], peak_mib: float = 1.0):
@@ -101,6 +93,73 @@ def test_a_configuration_that_cannot_run_is_recorded_and_not_chosen(bench):
     assert [trial.seconds for trial in trials if "--padding-free" in trial.options] == [None]
 
 
+def test_variants_are_tried_on_top_of_the_fastest_so_far(bench):
+    cost = {"--micro-batch": 3.0, "static": 2.0, "eager": 2.5, "--liger": 1.0}
+
+    def measure(options: tuple[str, ...]) -> float | None:
+        return None if "--vllm" in options else cost[options[-1] if len(options) > 2 else options[0]]
+
+    best, trials = bench.fastest_options("grpo", 8, measure, device="cuda")
+    assert best == ("--micro-batch", "8", "--cache", "static", "--liger")
+    assert trials[-1] == bench.Trial(options=(*best, "--vllm"), seconds=None)
+    tried = [trial.options[2:] for trial in trials[:3]]
+    assert tried == [(), ("--cache", "static"), ("--cache", "static", "--attention", "eager")]
+    assert bench.variants("dpo", "cpu") == [("--attention", "eager")]
+
+
+def test_of_several_gpus_both_sides_see_the_same_one(bench, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert bench.environment(1, "default")["CUDA_VISIBLE_DEVICES"] == "3"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert bench.environment(1, "default")["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+@pytest.mark.parametrize("script", ["bench", "rollout"])
+def test_without_a_gpu_nothing_is_made_and_the_exit_code_is_2(bench, request, monkeypatch, tmp_path, capsys, script):
+    blind = tmp_path / "python"
+    blind.write_text("#!/bin/sh\nexit 1\n")
+    blind.chmod(0o755)
+    monkeypatch.setattr(bench, "our_python", lambda: blind)
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cuda", "--model-size", "0.5b"])
+    assert request.getfixturevalue(script).main() == 2
+    assert "there is no GPU" in capsys.readouterr().err
+
+
+def test_the_sizes_are_what_they_are_called_and_have_heads_that_vllm_knows(bench):
+    def parameters(size, vocabulary: int) -> int:
+        kv = size.hidden_size // size.num_attention_heads * size.num_key_value_heads
+        attention = 2 * size.hidden_size * (size.hidden_size + kv)
+        layer = attention + 3 * size.hidden_size * size.intermediate_size + 2 * size.hidden_size
+        return size.num_hidden_layers * layer + (vocabulary + 1) * size.hidden_size
+
+    sizes = bench.protocol.SIZES
+    assert parameters(sizes["0.5b"], 151_936) == pytest.approx(0.494e9, rel=0.01)
+    assert parameters(sizes["1.5b"], 151_936) == pytest.approx(1.54e9, rel=0.01)
+    assert parameters(sizes[bench.PAIRS_SIZE], 49_152) == pytest.approx(20.1e6, rel=0.01)
+    assert parameters(sizes[bench.CASES_SIZE], 32_000) == pytest.approx(15e6, rel=0.02)
+    sampled = [sizes[name] for name in ("tiny", bench.CASES_SIZE, "0.5b", "1.5b")]
+    assert {size.hidden_size // size.num_attention_heads for size in sampled} <= {32, 64, 128}
+
+
+def test_prompts_rise_in_length_and_differ_from_rollout_to_rollout(bench):
+    case = bench.protocol.CASES["short-32k"]
+    assert [len(prompt) for prompt in case.prompts()] == [32, 41, 50, 59, 68, 77, 86, 96]
+    assert case.prompts(3) == case.prompts(3)
+    assert not {prompt[0] for prompt in case.prompts(0)} & {prompt[0] for prompt in case.prompts(1)}
+    assert (case.num_completions, case.num_tokens) == (64, 4096)
+
+
+def test_the_memory_of_a_process_has_its_children_in_it(bench):
+    if not Path("/proc/self/task").exists():
+        pytest.skip("no /proc")
+    hold = "import sys; held = b'x' * (200 << 20); print(len(held), flush=True); sys.stdin.read()"
+    alone = bench.protocol.peak_mib("cpu")
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        together = bench.protocol.peak_mib("cpu")
+    assert 200 <= together - alone < 300
+
+
 def test_the_environment_holds_the_named_malloc_settings_and_no_others(bench, monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     default, keep = bench.environment(2, "default"), bench.environment(2, "keep")
@@ -134,6 +193,20 @@ def test_the_table_has_a_row_for_every_result(bench):
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [*expected, "`--micro-batch 2`", "2e-07", "3e-06"]
 
 
+def make_bench(bench: ModuleType, made: type, folder: Path, **changes: Any):
+    fields = {
+        "work": bench.protocol.Work(folder=folder),
+        "num_steps": 2,
+        "batch_size": 4,
+        "precision": "float32",
+        "threads": 1,
+        "our_python": Path(sys.executable),
+        "peer_python": folder,
+        "our_options": (),
+    }
+    return made(**(fields | changes))
+
+
 @pytest.mark.parametrize(("peer_loss", "agrees"), [(2.000001, True), (2.1, False)])
 def test_sides_that_compute_different_losses_get_no_row(bench, tmp_path, peer_loss, agrees):
     class Canned(bench.Bench):
@@ -143,16 +216,7 @@ def test_sides_that_compute_different_losses_get_no_row(bench, tmp_path, peer_lo
         def peer(self, objective, allocator, options, num_steps=None):
             return make_run(bench, (2.0, 1.0, 5.0), (peer_loss, 1.0, 5.0))
 
-    canned = Canned(
-        work=bench.protocol.Work(folder=tmp_path),
-        num_steps=2,
-        batch_size=4,
-        precision="float32",
-        threads=1,
-        our_python=tmp_path,
-        peer_python=tmp_path,
-        our_options=(),
-    )
+    canned = make_bench(bench, Canned, tmp_path)
     if agrees:
         result = canned.result("dpo", "default", 2, ("--micro-batch", "1"))
         assert result.agreement.loss == pytest.approx(5e-7, rel=1e-3)
@@ -160,3 +224,62 @@ def test_sides_that_compute_different_losses_get_no_row(bench, tmp_path, peer_lo
     else:
         with pytest.raises(bench.Disagreement, match=r"step 1: loss 2, 2\.1; gradient norm 1, 1"):
             canned.result("dpo", "default", 2, ("--micro-batch", "1"))
+
+
+@pytest.mark.parametrize("differs_in", [None, "float32", "bfloat16"])
+def test_grpo_is_replayed_in_both_precisions_before_it_is_timed(bench, tmp_path, differs_in):
+    asked = []
+
+    class Canned(bench.Bench):
+        def ours(self, objective, allocator, options=()):
+            asked.append(("ours", self.precision, "--steps-file" in options))
+            return make_run(bench, (1e-9, 1.0, 1.0), (0.0, 1.0, 1.0))
+
+        def peer(self, objective, allocator, options, num_steps=None):
+            asked.append(("peer", self.precision, "--steps-file" in options))
+            return make_run(bench, (0.0, 1.0 + (self.precision == differs_in), 2.0), (0.0, 1.0, 2.0))
+
+    canned = make_bench(bench, Canned, tmp_path, precision="bfloat16").of_case("long-32k", 0.04)
+    assert (canned.batch_size, canned.work.folder.name) == (128, "long-32k")
+    if differs_in:
+        with pytest.raises(bench.Disagreement, match=rf"grpo in {differs_in}.*compute the same"):
+            canned.result("grpo", "default", 1, ("--micro-batch", "8"))
+        assert all(replayed for _, _, replayed in asked)
+        return
+    result = canned.result("grpo", "default", 1, ("--micro-batch", "8"))
+    assert result.work == "grpo --case long-32k --kl-coef 0.04"
+    assert result.agreement.loss == 1e-9  # beside 1, the size of an advantage, not beside the loss
+    both = [("peer", True), ("ours", True)]
+    assert asked == [
+        *((side, "float32", replayed) for side, replayed in both),
+        *((side, "bfloat16", replayed) for side, replayed in both),
+        ("ours", "bfloat16", False),
+        ("peer", "bfloat16", False),
+    ]
+
+
+@pytest.mark.slow
+def test_our_side_of_grpo_runs_at_another_size(bench, tmp_path, monkeypatch):
+    """Prepare, train, and learn once more from steps that were written down: on the CPU, as it would on a GPU."""
+    monkeypatch.setattr(bench, "our_python", lambda: Path(sys.executable))
+    args = bench.parse_arguments(["--cases", "short-512", "--model-size", "tiny"])
+    whole = make_bench(bench, bench.Bench, tmp_path)
+    assert bench.prepare_cases(args, whole.work) == {"cases": ["short-512"]}
+    case = whole.of_case("short-512", 0.04)
+    timed = case.ours("grpo", "default")
+    assert len(timed.steps) == 2
+    for step in timed.steps:
+        assert step.seconds == pytest.approx(sum(step.parts.values()))
+        assert step.grad_norm > 0
+
+    sampled = bench.protocol.CASES["short-512"]
+    prompts, draw = sampled.prompts(), random.Random(0)
+    completions = [[[draw.randrange(512) for _ in range(64)] for _ in range(8)] for _ in prompts]
+    file, scores = tmp_path / "steps.jsonl", [bench.protocol.score(group) for group in completions]
+    bench.protocol.add_step(file, bench.protocol.OnlineStep(prompts=prompts, completions=completions, scores=scores))
+    (once,), (halves,) = (
+        dataclasses.replace(case, num_steps=1).ours("grpo", "default", ("--steps-file", str(file), *options)).steps
+        for options in ((), ("--tokens-per-batch", "500"))
+    )
+    assert halves.loss == pytest.approx(once.loss, abs=1e-6)
+    assert halves.grad_norm == pytest.approx(once.grad_norm, rel=1e-4)
