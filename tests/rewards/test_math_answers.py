@@ -95,3 +95,11 @@ def test_a_worker_ends_with_its_owner():
     process = worker.process
     del scorer, worker
     assert process.wait(10) is not None
+
+
+def test_equal_answers_are_scored_once(monkeypatch):
+    scorer = AnswerScorer("math", confined=False, seconds=20)
+    ask, asked = scorer._ask, []
+    monkeypatch.setattr(scorer, "_ask", lambda requests: asked.extend(requests) or ask(requests))
+    assert scorer.scores([("1", "1"), ("2", "1"), None, ("1", "1"), ("1", "2")]) == [1, 0, None, 1, 0]
+    assert asked == [("1", "1"), ("2", "1"), ("1", "2")]

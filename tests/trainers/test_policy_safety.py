@@ -60,6 +60,17 @@ def test_evaluations_are_of_the_policy_where_the_samples_are_not(tiny_model: str
     assert after > before + 1.5
 
 
+@pytest.mark.parametrize(("asked", "told"), [(["1+1=", "9+9=", "3+5=", "1+1="], "3 of the held-out"), (["9+9="], None)])
+def test_held_out_prompts_that_are_learned_from_are_told(
+    asked: list[str], told: str | None, tiny_model: str, prompts: str, output: str, capsys: pytest.CaptureFixture[str]
+):
+    held_out = [{"prompt": prompt} for prompt in asked]
+    given = {**SHORT, "quiet": False, "holdout": 0.0, "eval_data": held_out, "max_steps": 1}
+    trueup.rl(recipe="rloo", model=tiny_model, data=prompts, reward=brevity, output=output, **given)
+    printed = capsys.readouterr().out
+    assert (f"{told} prompts are training prompts too" in printed) if told else ("training prompts too" not in printed)
+
+
 def test_the_critic_of_a_run_starts_the_next(tiny_model: str, prompts: str, output: str):
     given = {"recipe": "ppo", "model": tiny_model, "data": prompts, "reward": brevity, "max_steps": 2, **SHORT}
     first = trueup.rl(output=output, inner_epochs=1, num_mini_batches=1, **given)

@@ -43,7 +43,8 @@ class AnswerScorer:
         self._worker: Worker | None = None
 
     def scores(self, requests: Sequence[Sequence[Any] | None]) -> list[float | None]:
-        """The score of each request; None where there is no request, or the scorer finds nothing to score.
+        """The score of each request; None where there is no request, or the scorer finds nothing to score. Equal
+        requests, as a policy that has learned to answer makes them, are scored once.
 
         An answer that can't be scored, because scoring it raises, hangs, or ends the process, has the score 0: it is
         the answer that makes the difference. There is one warning for each call, with the first reason. Raises
@@ -53,11 +54,15 @@ class AnswerScorer:
         scores: list[float | None] = [None] * len(requests)
         if not asked:
             return scores
-        wanted = [requests[index] for index in asked]
+        keys = [json.dumps(requests[index]) for index in asked]
+        different = {key: requests[index] for key, index in zip(keys, asked, strict=True)}
+        wanted = list(different.values())
         try:
-            outcomes = self._ask(wanted)
+            found = self._ask(wanted)
         except WorkerEnded:  # an answer can do that; which one shows by itself
-            outcomes = [self._alone(request) for request in wanted]
+            found = [self._alone(request) for request in wanted]
+        outcome_of = dict(zip(different, found, strict=True))
+        outcomes = [outcome_of[key] for key in keys]
         for index, (kind, value) in zip(asked, outcomes, strict=True):
             if kind == "failed":
                 raise RewardError(value, sample=index)

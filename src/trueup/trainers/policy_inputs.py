@@ -103,6 +103,8 @@ def load_policy_inputs(
         held_out = numbered(zip(evaluated.rows, evaluated.tokens, strict=True))
         say(f"held-out data: {evaluated.report.summary()}")
     say(f"data: {read_in.report.summary()}; {len(train):,} prompts to learn from, {len(held_out):,} held out")
+    if seen := num_seen(held_out, train):
+        say(f"{seen:,} of the held-out prompts are training prompts too: an evaluation then shows what was memorised")
     if not train:
         raise DataError("no prompt is left to learn from", where="--holdout", way_out="lower it")
     rollouts = num_steps(len(train), settings.batch_size, settings.num_epochs)
@@ -127,6 +129,12 @@ def split_prompts(prompts: Prompts, holdout: float) -> tuple[tuple[Request, ...]
     for row, tokens in zip(prompts.rows, prompts.tokens, strict=True):
         parts[is_held_out(first_human_turn(row.prompt), holdout)].append((row, tokens))
     return numbered(parts[0]), numbered(parts[1])
+
+
+def num_seen(held_out: Sequence[Request], train: Sequence[Request]) -> int:
+    """How many held-out prompts are, token for token, training prompts."""
+    known = {request.tokens.tobytes() for request in train}
+    return sum(request.tokens.tobytes() in known for request in held_out)
 
 
 def numbered(pairs: Any) -> tuple[Request, ...]:
