@@ -6,8 +6,11 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 from trueup.cli.demo import POLICIES, DemoSettings, demo
 from trueup.cli.sums import Problem, problems
+from trueup.runs.statistics import accuracy_interval
 
 
 def test_problems_by_hand():
@@ -39,3 +42,15 @@ def test_the_demo_in_small(tmp_path: Path, capsys, monkeypatch):
     assert not (tmp_path / "cache").exists(), "the user's cache is left alone"
     assert len(list((folder / "cache" / "reference").iterdir())) == 1
     assert os.environ["TRUEUP_CACHE"] == str(tmp_path / "cache")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_every_method_beats_sft(seed: int, tmp_path: Path):
+    """Outside of the intervals: the lower end of each is above the upper end of SFT's."""
+    policies = demo(DemoSettings(output=str(tmp_path / "demo"), seed=seed, quiet=True))
+    intervals = {name: accuracy_interval(policy.right) for name, policy in policies.items()}
+    _, _, most_of_sft = intervals["supervised fine-tuning"]
+    for name in POLICIES[2:]:
+        accuracy, low, high = intervals[name]
+        assert low > most_of_sft, f"{name}: {accuracy:.1%} ({low:.1%}–{high:.1%}), SFT at most {most_of_sft:.1%}"

@@ -63,17 +63,19 @@ class Measured:
 
     answers: list[str]
     """The likeliest answer to each."""
+    right: list[bool]
+    """Whether it is the sum."""
     scores: np.ndarray
     """What the reward model says of one sampled answer to each."""
     kl: np.ndarray
     """log π − log π_SFT of these samples, in nats per answer: its mean estimates the KL."""
 
 
-def demo(settings: DemoSettings) -> None:
-    """Run the demo and print its table. All that it leaves lies in its folder."""
+def demo(settings: DemoSettings) -> dict[str, Measured]:
+    """Run the demo, print its table, and return what it says of every policy. All that it leaves lies in its folder."""
     folder = Path(settings.output or f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}")
     with cache_in(folder / "cache"):
-        run_stages(settings, folder)
+        return run_stages(settings, folder)
 
 
 @contextmanager
@@ -89,7 +91,7 @@ def cache_in(folder: Path) -> Iterator[None]:
             os.environ["TRUEUP_CACHE"] = before
 
 
-def run_stages(settings: DemoSettings, folder: Path) -> None:
+def run_stages(settings: DemoSettings, folder: Path) -> dict[str, Measured]:
     """One command after the other, then what each model has learned."""
     from rich.console import Console
 
@@ -194,7 +196,9 @@ def run_stages(settings: DemoSettings, folder: Path) -> None:
     run("GRPO, verifier", "grpo", reward=("exact",), output=at("grpo"), batch_size=64, **online)
     run("REINFORCE, verifier", "reinforce", reward=("exact",), output=at("reinforce"), batch_size=512, **online)
     _, held_out = sums.problems(settings.seed)
-    print_table(console, stages, measured(stages, held_out, sft, judge), held_out, folder)
+    policies = measured(stages, held_out, sft, judge)
+    print_table(console, stages, policies, held_out, folder)
+    return policies
 
 
 POLICIES = ("untrained", "supervised fine-tuning", "DPO", "PPO, reward model", "GRPO, verifier", "REINFORCE, verifier")
@@ -247,9 +251,9 @@ def measured(
                 truncated=[completion.truncated for completion in written],
             )
         )
-        return Measured(
-            answers=[text(group.completions[0]) for group in likeliest], scores=scores.total, kl=np.array(gained)
-        )
+        answers = [text(group.completions[0]) for group in likeliest]
+        right = [answer == p.right for answer, p in zip(answers, held_out, strict=True)]
+        return Measured(answers=answers, right=right, scores=scores.total, kl=np.array(gained))
 
     return {name: measure(stages[name].folder) for name in POLICIES}
 
@@ -285,9 +289,6 @@ def print_table(
         mean, low, high = (100 * value for value in estimate)
         return f"{mean:.1f} % ({low:.0f}–{high:.0f})"
 
-    def right(name: str) -> list[float]:
-        return [float(answer == p.right) for answer, p in zip(policies[name].answers, held_out, strict=True)]
-
     def last(stage: Stage, metric: str) -> float | None:
         file = stage.folder / "metrics.jsonl"
         values = [line[metric] for line in read_metrics(file) if metric in line] if file.exists() else []
@@ -295,7 +296,7 @@ def print_table(
 
     # The sum that most of the later stages get right and the first ones don't tells most.
     gained = [
-        sum(right(name)[i] for name in POLICIES[2:]) - sum(right(name)[i] for name in POLICIES[:2])
+        sum(policies[name].right[i] for name in POLICIES[2:]) - sum(policies[name].right[i] for name in POLICIES[:2])
         for i in range(len(held_out))
     ]
     example = max(range(len(held_out)), key=gained.__getitem__)
@@ -308,7 +309,7 @@ def print_table(
         tokens = last(stage, "num_tokens")
         table.add_row(
             name,
-            percent(accuracy_interval(right(name))) if policy else f"{100 * ranked:.1f} % of pairs" if ranked else "",
+            percent(accuracy_interval(policy.right)) if policy else f"{100 * ranked:.1f} % of pairs" if ranked else "",
             policy.answers[example] if policy else "",
             f"{policy.scores.mean():.2f}" if policy else "",
             f"{policy.kl.mean():.2f}" if policy and name != "untrained" else "",
