@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from trueup.errors import ModelError
 from trueup.models import attention
+from trueup.models import check as check_module
 from trueup.models import scorer as scorer_module
 from trueup.models.adapters import add_lora
+from trueup.models.check import CHECK_LIMITS
 from trueup.models.precision import MasterWeights
-from trueup.models.scorer import CHECK_LIMITS, Scorer, prepare_reward_scorer, prepare_scorer, vocabulary_layers
+from trueup.models.scorer import Scorer, prepare_reward_scorer, prepare_scorer, vocabulary_layers
 from trueup.models.tree import TreeBatch, tree_batch
 from trueup.objectives.logprobs import TokenStatistics
 
@@ -314,8 +316,8 @@ def test_a_saved_model_knows_nothing_of_the_tree(tiny_model, plain_logprobs, bat
 
 def test_a_large_model_is_checked_as_it_is(tiny_model, monkeypatch) -> None:
     """No copy is made, and in bfloat16 the tolerance is that of bfloat16: rounding passes, a lost window does not."""
-    monkeypatch.setattr(scorer_module, "SMALL", 0)
-    monkeypatch.setattr(scorer_module, "copy", None)
+    monkeypatch.setattr(check_module, "SMALL", 0)
+    monkeypatch.setattr(check_module, "copy", None)
     model = tiny_model("mistral").bfloat16()
     assert prepare_scorer(model).path == "tree"
     whole = attention.tree_attention

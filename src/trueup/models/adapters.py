@@ -22,6 +22,11 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 ADAPTER = "default"
 
 
+def plain_model(model: nn.Module) -> Any:
+    """The transformers model inside a peft wrapper, adapters in place; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+
+
 def add_lora(
     model: Model,
     *,

@@ -18,11 +18,11 @@ from trueup.data.collate import merge_prompts, micro_batches
 from trueup.data.report import ReadReport
 from trueup.data.settings import TokenizeSettings
 from trueup.errors import DataError, ModelError, OutOfMemoryError
-from trueup.models.adapters import is_reward_model
+from trueup.models.adapters import is_reward_model, plain_model
 from trueup.models.heads import load_reward_model
 from trueup.models.load import DtypeName, LoadedModel, context_length, model_source, stored_architecture
 from trueup.models.score_scale import ScoreScale
-from trueup.models.scorer import RewardScorer, plain_model, prepare_reward_scorer
+from trueup.models.scorer import RewardScorer, prepare_reward_scorer
 from trueup.models.tree import tree_batch
 from trueup.records import CompletionGroup, Message, RankedCompletions, Text
 from trueup.runs.memory import is_out_of_memory

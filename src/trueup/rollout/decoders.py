@@ -1,6 +1,6 @@
 """Two ways to go on from prompts token by token: prompts shared by their completions, or one row for each completion.
 
-Both give the same distribution. The first needs what the tree batch needs (see ``trueup.models.scorer``): tokens that
+Both give the same distribution. The first needs what the tree batch needs (see ``trueup.models.check``): tokens that
 meet in attention only, through transformers' interface. The second is transformers' own cache, for every other model.
 """
 

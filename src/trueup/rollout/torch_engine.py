@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from trueup.errors import DataError, NonFiniteError, OutOfMemoryError, SettingsError
+from trueup.models.adapters import plain_model
+from trueup.models.check import first_exact, plain_logprobs
 from trueup.models.load import DtypeName, context_length, embedding_rows, resolve_dtype
-from trueup.models.scorer import first_exact, plain_logprobs, plain_model
 from trueup.records import Completion, CompletionGroup, StopReason
 from trueup.rollout.cohort import own_dtype
 from trueup.rollout.decoders import Decoder, RowDecoder, TreeDecoder, forced_logprobs, keep_rows
@@ -43,7 +44,7 @@ class TorchEngine:
 
     Every prompt is computed once and its keys and values are shared by its completions; completions leave the batch as
     they end, and prompts join as memory allows. Models that can't do this (the check at load says so, see
-    ``trueup.models.scorer``) are run with transformers' own cache, one row for each completion, with one warning and
+    ``trueup.models.check``) are run with transformers' own cache, one row for each completion, with one warning and
     the same distribution.
 
     ``tokenizer``: needed for stop strings only. ``max_batch_tokens``: the most tokens whose keys and values are held at

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trueup.errors import ModelError
-from trueup.models.adapters import has_adapter, merged_weights
-from trueup.models.scorer import plain_model
+from trueup.models.adapters import has_adapter, merged_weights, plain_model
 
 
 def sampling_copy(model: nn.Module, dtype: torch.dtype) -> Any:

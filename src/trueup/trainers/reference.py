@@ -24,9 +24,9 @@ from transformers import PreTrainedTokenizerBase
 
 from trueup.data.collate import micro_batches
 from trueup.errors import ModelError
-from trueup.models.adapters import has_adapter, plain_name, reference_mode
+from trueup.models.adapters import has_adapter, plain_model, plain_name, reference_mode
 from trueup.models.load import load_model
-from trueup.models.scorer import Scorer, plain_model, prepare_scorer
+from trueup.models.scorer import Scorer, prepare_scorer
 from trueup.models.tree import TreeBatch, tree_batch
 from trueup.models.wheel import cache_folder
 from trueup.records import CompletionGroup
