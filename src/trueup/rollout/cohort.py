@@ -93,8 +93,7 @@ class Cohort:
         """Take over the prompts' keys and values out of a stream [1, H_kv, tokens, D]; ``places``: each prompt's."""
 
         def prompts(stream: Tensor) -> Tensor:
-            size = len(self.lengths), stream.shape[1], self.width, stream.shape[3]
-            kept = stream.new_zeros(size)
+            kept = stream.new_zeros(len(self.lengths), stream.shape[1], self.width, stream.shape[3])
             for prompt, place in zip(kept, places, strict=True):
                 prompt[:, : place.stop - place.start] = stream[0, :, place]
             return kept

@@ -52,8 +52,7 @@ class TorchEngine:
     ``dtype``: of the copy, "auto" being bfloat16 where the hardware multiplies it, "same" the model's own. Weights of
     this type share the model's memory, but may be laid out anew for products (``trueup.rollout.packing``): what the
     model learns is sampled from after ``update_weights``. ``compiled``: attention to a completion's own tokens by
-    ``torch.compile``: seconds at its
-    first uses, less memory and time from then on.
+    ``torch.compile``, for seconds at its first uses, and less memory and time from then on.
 
     Raises ``SettingsError`` for a bad setting or where nothing can be compiled, ``ModelError`` if no way of decoding
     reproduces the model's plain forward pass.
