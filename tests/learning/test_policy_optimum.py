@@ -86,9 +86,9 @@ RUNS: dict[str, tuple[dict[str, Any], float, float]] = {
     "rloo": ({"recipe": "rloo"}, BETA, 1e-3),
     "reinforce": ({"recipe": "reinforce", "max_steps": 150}, BETA, 1e-2),
     "ppo": (
-        {"recipe": "ppo", "max_steps": 160, "num_mini_batches": 2, "inner_epochs": 2, "whiten_advantages": False},
+        {"recipe": "ppo", "max_steps": 320, "num_mini_batches": 2, "inner_epochs": 2, "whiten_advantages": False},
         BETA,
-        1e-2,
+        1e-3,
     ),
     # The own score is part of the baseline: the reward's gradient shrinks by (k − 1)/k, and β seems larger.
     "grpo without std": ({"recipe": "dr_grpo", "kl_form": "sequence_k2"}, BETA * 32 / 31, 1e-2),
@@ -127,7 +127,7 @@ def test_grpo_with_std_and_an_exact_kl_has_another_beta(start: LoadedModel, tmp_
     optimum, _ = kl_regularized_optimum(reference, rewards, 1.0)
     own, _ = kl_regularized_optimum(reference, rewards / std, 1.0)
     assert divergence(reached, own).max() < 2e-2
-    assert divergence(reached, optimum).min() > 0.2
+    assert divergence(reached, optimum).min() > 0.15
 
 
 def test_published_grpo_ends_at_its_own_fixed_point(start: LoadedModel, tmp_path: Path):

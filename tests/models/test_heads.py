@@ -123,8 +123,9 @@ def test_a_folder_a_loaded_model_and_a_saved_reward_model_agree(causal, tmp_path
     of_model = load_reward_model(load_model(folder, dtype="float32", device="cpu"), seed=5)
     of_saved = load_reward_model(save(of_folder, tmp_path / "reward"), dtype="float32", device="cpu", seed=6)
     expected = last_token_scores(of_folder.model, SEQUENCES)
-    assert torch.equal(expected, last_token_scores(of_model.model, SEQUENCES))
-    assert torch.equal(expected, last_token_scores(of_saved.model, SEQUENCES))
+    # Not to the bit: where a tensor lies in memory decides how some CPUs sum it up.
+    torch.testing.assert_close(last_token_scores(of_model.model, SEQUENCES), expected)
+    torch.testing.assert_close(last_token_scores(of_saved.model, SEQUENCES), expected)
     other = load_reward_model(folder, dtype="float32", device="cpu", seed=6)
     assert not torch.allclose(expected, last_token_scores(other.model, SEQUENCES))
 
