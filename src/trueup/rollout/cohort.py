@@ -262,7 +262,7 @@ class StepLayout:
             if window is not None:
                 keys, values = keys[:, :, -window:], values[:, :, -window:]
             bias = self.biases[number, window]
-            outs.append(_attend(cohort, q, layer, keys, values, bias, scaling=scaling, softcap=softcap, sinks=sinks))
+            outs.append(_attend(cohort, q, layer, keys, values, bias, scaling, softcap, sinks))
             start += len(cohort.group)
         self.layer += 1
         if start < query.shape[2]:
@@ -277,12 +277,9 @@ def _attend(
     keys: Tensor,
     values: Tensor,
     bias: Tensor | None,
-    *,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    *options: Any,
 ) -> Tensor:
-    """One cohort's rows, [R, H, D], against their prompts and completions → [R, H, D_value]."""
+    """One cohort's rows, [R, H, D], against their prompts and completions → [R, H, D_value]; options as of ``mix``."""
     groups, grid = len(cohort.lengths), cohort.grid
     own = query.unflatten(1, (keys.shape[1], -1))  # [R, H_kv, copies, D]: heads that share a key ask side by side
     prompt_keys, prompt_values = layer.prompt_keys[:groups], layer.prompt_values[:groups]
@@ -300,7 +297,7 @@ def _attend(
     prompt_scores = to_rows(to_grid(own) @ prompt_keys.mT)
     # A single key would be compiled for itself.
     how = _compiled_mix if cohort.fused and keys.shape[2] > 1 else mix
-    of_prompt, from_own = how(prompt_scores, own, keys, values, bias, scaling, softcap, sinks)
+    of_prompt, from_own = how(prompt_scores, own, keys, values, bias, *options)
     return (to_rows(to_grid(of_prompt) @ prompt_values) + from_own).flatten(1, 2).to(query.dtype)
 
 
