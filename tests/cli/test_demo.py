@@ -36,7 +36,7 @@ def test_the_demo_in_small(tmp_path: Path, capsys, monkeypatch):
         assert stage in printed
     demonstrations = [json.loads(line) for line in (folder / "data" / "demonstrations.jsonl").open()]
     right = [row["completion"] == str(eval(row["prompt"].rstrip("="))) for row in demonstrations]
-    assert 0.51 < sum(right) / len(right) < 0.58  # 30 % of the sums carry nothing, and 65 % of the others are spoilt
+    assert 0.48 < sum(right) / len(right) < 0.54  # 30 % of the sums carry nothing, and 70 % of the others are spoilt
     for run in ("sft", "reward", "dpo", "ppo", "grpo", "reinforce"):
         assert list((folder / run / "checkpoints").glob("step-*/model/model.safetensors"))
     assert not (tmp_path / "cache").exists(), "the user's cache is left alone"

@@ -17,7 +17,9 @@ from trueup.runs.folder import read_metrics
 @pytest.fixture
 def start(tmp_path: Path) -> dict:
     """A model, a reward model, prompts, and somebody who likes long answers."""
-    model = make_model(tmp_path / "model", characters="abc?", hidden_size=16, num_layers=1, num_heads=2)
+    model = make_model(
+        tmp_path / "model", characters="abc?", hidden_size=16, num_layers=1, num_heads=2, initializer_range=0.02
+    )
     pairs = [{"prompt": "a?", "chosen": "abc", "rejected": "b"}, {"prompt": "b?", "chosen": "cab", "rejected": "a"}]
     judge = reward(
         model=str(model), data=pairs, output=str(tmp_path / "judge"), quiet=True, dtype="float32", max_steps=1

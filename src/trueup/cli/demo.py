@@ -19,6 +19,19 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+MODEL: dict[str, Any] = {"hidden_size": 128, "num_layers": 3, "num_heads": 4}
+SHORT: dict[str, Any] = {"max_length": 16, "tokens_per_batch": 16384, "dtype": "float32"}
+"""Of all stages. So small a model is no slower in float32, and learns the same on every machine."""
+SFT: dict[str, Any] = SHORT | {
+    "num_epochs": 1000,
+    "batch_size": 64,
+    "learning_rate": 1.5e-3,
+    "lr_schedule": "cosine",
+    "warmup_steps": 100,
+    "num_samples": 0,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
     """A tiny model learns to add: badly from people who forget to carry, better from comparisons and rewards."""
@@ -37,7 +50,7 @@ class DemoSettings:
     """Optimiser steps of PPO against the reward model: with more, or less KL, it finds what that model overrates."""
     rl_steps: int = 150
     """Optimiser steps of GRPO and REINFORCE against the verifier."""
-    mistakes: float = 0.65
+    mistakes: float = 0.7
     """Share of the demonstrations that are added without carrying."""
     quiet: bool = False
     """Show no progress, only the table."""
@@ -102,9 +115,7 @@ def run_stages(settings: DemoSettings, folder: Path) -> dict[str, Measured]:
     if not console.is_terminal:
         console.width = 120  # the table is for reading in a log too
     data = sums.write_data(folder / "data", settings.seed, settings.mistakes)
-    base = make_model(
-        folder / "base", characters=sums.CHARACTERS, hidden_size=128, num_layers=3, num_heads=4, seed=settings.seed
-    )
+    base = make_model(folder / "base", characters=sums.CHARACTERS, seed=settings.seed, **MODEL)
     stages = {"untrained": Stage(name="untrained", folder=base)}
 
     def run(name: str, verb: str, **given: Any) -> str:
@@ -124,8 +135,6 @@ def run_stages(settings: DemoSettings, folder: Path) -> dict[str, Measured]:
     def at(name: str) -> str:
         return str(folder / name)
 
-    # In float32: so small a model is no slower in it, and learns the same on every machine.
-    short = {"max_length": 16, "tokens_per_batch": 16384, "num_epochs": 1000, "dtype": "float32"}
     sft = run(
         "supervised fine-tuning",
         "sft",
@@ -133,12 +142,7 @@ def run_stages(settings: DemoSettings, folder: Path) -> dict[str, Measured]:
         data=(str(data["demonstrations"]),),
         output=at("sft"),
         max_steps=settings.sft_steps,
-        batch_size=64,
-        learning_rate=1.5e-3,
-        lr_schedule="cosine",
-        warmup_steps=100,
-        num_samples=0,
-        **short,
+        **SFT,
     )
     samples = run(
         "two answers to each sum",
@@ -151,17 +155,15 @@ def run_stages(settings: DemoSettings, folder: Path) -> dict[str, Measured]:
         prompts_per_part=1500,
     )
     pairs = run("which is better?", "pairs", data=(samples,), reward=("exact",), output=at("pairs.jsonl"))
-    held_out_pairs = {"data": (pairs,), "holdout": 0.1, "num_samples": 0}
+    compared = SHORT | {"data": (pairs,), "holdout": 0.1, "num_samples": 0, "num_epochs": 1000, "batch_size": 128}
     judge = run(
         "reward model",
         "reward",
         model=sft,
         output=at("reward"),
         max_steps=settings.reward_steps,
-        batch_size=128,
         learning_rate=1e-3,
-        **held_out_pairs,
-        **short,
+        **compared,
     )
     run(
         "DPO",
@@ -169,14 +171,12 @@ def run_stages(settings: DemoSettings, folder: Path) -> dict[str, Measured]:
         model=sft,
         output=at("dpo"),
         max_steps=settings.dpo_steps,
-        batch_size=128,
         loss=("rpo",),  # DPO, and the chosen answer's likelihood: alone it lets both answers become unlikely
         beta=0.3,
         learning_rate=1e-4,
-        **held_out_pairs,
-        **short,
+        **compared,
     )
-    online = {
+    online = SHORT | {
         "model": sft,
         "data": (str(data["prompts"]),),
         "max_new_tokens": sums.MOST_TOKENS,
@@ -184,7 +184,7 @@ def run_stages(settings: DemoSettings, folder: Path) -> dict[str, Measured]:
         "learning_rate": 5e-4,
         "lr_schedule": "cosine",
         "warmup_steps": 10,
-    } | {name: short[name] for name in ("max_length", "tokens_per_batch", "dtype")}
+    }
     run(
         "PPO, reward model",
         "ppo",

@@ -29,6 +29,7 @@ def make_model(
     num_heads: int = 4,
     intermediate_size: int | None = None,
     max_length: int = 128,
+    initializer_range: float | None = None,
     seed: int = 0,
     chat_template: str | None = None,
 ) -> Path:
@@ -36,8 +37,10 @@ def make_model(
 
     The vocabulary is ``<pad>``, ``<unk>``, ``<end>`` (0, 1, 2: the end token is not the padding token), then the
     distinct ``characters`` in order of appearance; any other character is ``<unk>``. ``intermediate_size`` is
-    4 × ``hidden_size`` by default, ``max_length`` the longest sequence, in tokens. The same arguments write the same
-    weights. The folder loads with plain ``AutoModelForCausalLM`` and ``AutoTokenizer``; it appears whole or not at all.
+    4 × ``hidden_size`` by default, ``max_length`` the longest sequence, in tokens. ``initializer_range`` is the
+    weights' standard deviation, by default 1/√hidden_size, which keeps the size of what goes through a layer: the 0.02
+    of large models is too little for a narrow one to learn from. The same arguments write the same weights. The folder
+    loads with plain ``AutoModelForCausalLM`` and ``AutoTokenizer``; it appears whole or not at all.
 
     Raises ``SettingsError`` for a family or size that makes no model, ``ModelError`` if ``folder`` has something in it.
     """
@@ -57,6 +60,7 @@ def make_model(
         head_dim=hidden_size // num_heads,
         **{"n_inner" if family == "gpt2" else "intermediate_size": width},
         max_position_embeddings=max_length,
+        initializer_range=initializer_range or hidden_size**-0.5,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
