@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from trueup.errors import DataError
-from trueup.mdp import tabular
-from trueup.mdp.random import random_mdp
+from trueup.mdp import exact
+from trueup.mdp.generators import random_mdp
 from trueup.mdp.softmax import dropped_discount_gradient, expected_return, policy_gradient, softmax_policy
 
 
@@ -18,7 +18,7 @@ def test_policy_gradient_theorem(seed: int, gamma: float, episodic: bool) -> Non
     mdp = random_mdp(seed, num_states=4, num_actions=3, gamma=gamma, episodic=episodic)
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
     value = expected_return(mdp, logits)
-    assert value.item() == pytest.approx(tabular.expected_return(mdp, softmax_policy(logits)), abs=1e-12)
+    assert value.item() == pytest.approx(exact.expected_return(mdp, softmax_policy(logits)), abs=1e-12)
     (autograd,) = torch.autograd.grad(value, logits)
     torch.testing.assert_close(policy_gradient(mdp, logits), autograd, rtol=0, atol=1e-12)
     assert torch.autograd.gradcheck(lambda x: expected_return(mdp, x), logits)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
+from scipy import sparse
 
 from trueup.errors import DataError
-from trueup.mdp import TabularMDP, enumerate_trajectories
-from trueup.mdp import tabular as exact
-from trueup.mdp.random import random_mdp
+from trueup.mdp import TabularMDP, enumerate_trajectories, exact, planning
+from trueup.mdp.generators import random_mdp
 
 
 def three_states(gamma: float = 0.5) -> TabularMDP:
@@ -42,8 +40,8 @@ def test_golden() -> None:
     np.testing.assert_allclose(exact.occupancy(mdp, policy), [1, 0.25, 0.375])
     np.testing.assert_allclose(exact.occupancy(mdp, policy, discounted=False), [1, 0.5, 1])
     assert exact.expected_return(mdp, policy) == pytest.approx(1)
-    best = exact.optimal_policy(mdp)
-    assert best[0].tolist() == [1, 0]
+    best = planning.policy_iteration(mdp).policy
+    assert best[0] == 0
     assert exact.expected_return(mdp, best) == pytest.approx(2)
 
 
@@ -70,7 +68,7 @@ def test_identities(mdp: TabularMDP) -> None:
     # iterating Bellman's equation, which contracts (or ends, where episodes do), arrives at the same values
     iterated = np.zeros(mdp.num_states)
     for _ in range(400):
-        iterated = (policy * (mdp.expected_rewards + mdp.gamma * mdp.transitions @ iterated)).sum(-1)
+        iterated = (policy * (mdp.expected_rewards + mdp.gamma * mdp.transition_array @ iterated)).sum(-1)
     np.testing.assert_allclose(iterated, values, atol=1e-12)
 
 
@@ -87,24 +85,6 @@ def test_enumeration_agrees(mdp: TabularMDP) -> None:
         np.testing.assert_allclose(visits[~mdp.terminal], expected[~mdp.terminal], atol=1e-12)
 
 
-@pytest.mark.parametrize("mdp", PROCESSES, ids=lambda mdp: f"gamma{mdp.gamma}")
-def test_optimal_policy_beats_every_deterministic_one(mdp: TabularMDP) -> None:
-    best = exact.values(mdp, exact.optimal_policy(mdp))
-    for actions in itertools.product(range(3), repeat=4):
-        assert (exact.values(mdp, np.eye(3)[list(actions)]) <= best + 1e-12).all()
-
-
-def test_ties_do_not_go_round_for_ever() -> None:
-    mdp = random_mdp(0, num_states=3, num_actions=4, gamma=0.9, episodic=False)
-    same = TabularMDP(
-        transitions=mdp.transitions[:, [0, 0, 0, 0]],
-        rewards=np.full((3, 4), 0.1),
-        start=mdp.start,
-        gamma=0.9,
-    )
-    np.testing.assert_allclose(exact.values(same, exact.optimal_policy(same)), 1.0)
-
-
 def test_rewards_may_depend_on_the_next_state_or_not() -> None:
     mdp = PROCESSES[0]
     flat = TabularMDP(transitions=mdp.transitions, rewards=mdp.expected_rewards, start=mdp.start, gamma=mdp.gamma)
@@ -116,8 +96,8 @@ def test_arrays_are_copied_and_read_only() -> None:
     start = np.array([1.0, 0, 0])
     template = three_states()
     mdp = TabularMDP(
-        transitions=template.transitions,
-        rewards=template.rewards,
+        transitions=template.transition_array,
+        rewards=template.reward_array,
         start=start,
         gamma=0.5,
         terminal=template.terminal,
@@ -125,13 +105,61 @@ def test_arrays_are_copied_and_read_only() -> None:
     start[0] = 0.0
     assert mdp.start[0] == 1
     with pytest.raises(ValueError, match="read-only"):
-        mdp.transitions[0, 0, 0] = 1
+        mdp.transitions.data[0] = 0.5
+    with pytest.raises(ValueError, match="read-only"):
+        mdp.expected_rewards[0, 0] = 1
+
+
+def fields_of(mdp: TabularMDP) -> dict:
+    """What makes it again, as arrays with all their zeros."""
+    return {
+        "transitions": mdp.transition_array,
+        "rewards": mdp.reward_array,
+        "start": mdp.start.copy(),
+        "gamma": mdp.gamma,
+        "terminal": mdp.terminal.copy(),
+    }
+
+
+def by_action(array: np.ndarray) -> list[sparse.csr_array]:
+    return [sparse.csr_array(array[:, action]) for action in range(array.shape[1])]
+
+
+def by_row(array: np.ndarray) -> sparse.coo_array:
+    return sparse.coo_array(array.reshape(-1, array.shape[2]))
+
+
+@pytest.mark.parametrize("form", [by_row, by_action])
+@pytest.mark.parametrize("mdp", PROCESSES, ids=lambda mdp: f"gamma{mdp.gamma}")
+def test_sparse_or_dense_is_the_same_process(mdp: TabularMDP, form) -> None:
+    fields = fields_of(mdp)
+    same = TabularMDP(**(fields | {"transitions": form(fields["transitions"]), "rewards": form(fields["rewards"])}))
+    for name, array in fields.items():
+        np.testing.assert_array_equal(fields_of(same)[name], array)
+    np.testing.assert_array_equal(same.expected_rewards, mdp.expected_rewards)
+    np.testing.assert_allclose(same.expected_rewards, (mdp.transition_array * mdp.reward_array).sum(-1), atol=1e-15)
+
+
+def test_rewards_of_states_are_earned_on_leaving_them() -> None:
+    fields = fields_of(three_states()) | {"rewards": np.array([1.0, 2.0, 3.0])}
+    assert TabularMDP(**fields).expected_rewards.tolist() == [[1, 1], [2, 2], [0, 0]]
+
+
+def test_an_episode_may_begin_anywhere_unless_told() -> None:
+    fields = fields_of(three_states())
+    del fields["start"]
+    assert TabularMDP(**fields).start.tolist() == [0.5, 0.5, 0]
+
+
+def test_a_policy_of_actions_is_one_of_certainties() -> None:
+    mdp = PROCESSES[0]
+    actions = np.array([2, 0, 1, 1])
+    for quantity in (exact.values, exact.action_values, exact.advantages, exact.occupancy):
+        np.testing.assert_allclose(quantity(mdp, actions), quantity(mdp, np.eye(3)[actions]), atol=1e-13)
 
 
 def broken(**changes) -> TabularMDP:
-    mdp = three_states()
-    fields = {name: getattr(mdp, name).copy() for name in ("transitions", "rewards", "start", "terminal")}
-    fields["gamma"] = mdp.gamma
+    fields = fields_of(three_states())
     for name, change in changes.items():
         fields[name] = change(fields[name])
     return TabularMDP(**fields)
@@ -157,7 +185,7 @@ def put(*index: int, value: float):
         ({"start": put(0, value=0.5)}, "start: probabilities add up to 0.5"),
         ({"gamma": lambda gamma: 1.5}, "gamma is 1.5"),
         ({"transitions": lambda p: p[:, :, :2]}, r"transitions have the shape \(3, 2, 2\)"),
-        ({"rewards": lambda r: r[:2]}, r"rewards has the shape \(2, 2, 3\), expected \(3, 2, 3\)"),
+        ({"rewards": lambda r: r[:2]}, r"rewards have the shape \(2, 2, 3\), expected \(3,\), \(3, 2\) or \(3, 2, 3\)"),
         ({"start": lambda s: s[:2]}, r"start has the shape \(2,\), expected \(3,\)"),
         ({"terminal": lambda s: s[:2]}, r"terminal has the shape \(2,\), expected \(3,\)"),
     ],
@@ -169,8 +197,12 @@ def test_what_is_not_a_process_is_refused_with_the_place(changes: dict, message:
 
 def test_policies_are_checked() -> None:
     mdp = three_states()
-    with pytest.raises(DataError, match=r"the policy has the shape \(2, 2\), expected \(3, 2\)"):
+    with pytest.raises(DataError, match=r"the policy has the shape \(2, 2\), expected \(3, 2\) or \(3,\)"):
         exact.values(mdp, uniform(mdp)[:2])
+    with pytest.raises(DataError, match="policy in state 1: there is no action 2"):
+        exact.values(mdp, np.array([0, 2, 0]))
+    with pytest.raises(DataError, match="the policy's actions are float64"):
+        exact.values(mdp, np.zeros(3))
     policy = uniform(mdp)
     policy[1, 0] = 0.6
     with pytest.raises(DataError, match=r"policy in state 1: probabilities add up to 1\.1"):

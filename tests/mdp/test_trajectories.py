@@ -7,7 +7,7 @@ import pytest
 
 from trueup.errors import DataError
 from trueup.mdp import TabularMDP, Trajectories, enumerate_trajectories
-from trueup.mdp.random import random_mdp
+from trueup.mdp.generators import random_mdp
 
 
 def coin(gamma: float = 1.0) -> TabularMDP:
@@ -66,7 +66,7 @@ def test_properties(episodic: bool) -> None:
     keys = np.concatenate([paths.states, paths.actions, paths.next_states, paths.mask], axis=1)
     assert len(np.unique(keys, axis=0)) == len(paths)
     # p(τ) is the product of what was drawn
-    factors = policy[paths.states, paths.actions] * mdp.transitions[paths.states, paths.actions, paths.next_states]
+    factors = policy[paths.states, paths.actions] * mdp.transition_array[paths.states, paths.actions, paths.next_states]
     product = mdp.start[paths.states[:, 0]] * np.where(paths.mask, factors, 1).prod(-1)
     np.testing.assert_allclose(paths.probabilities, product, atol=1e-15)
 
@@ -80,7 +80,11 @@ def test_impossible_branches_are_left_out() -> None:
 def test_an_episode_that_starts_at_its_end_has_no_steps() -> None:
     mdp = coin()
     half = TabularMDP(
-        transitions=mdp.transitions, rewards=mdp.rewards, start=np.array([0.5, 0.5]), gamma=1.0, terminal=mdp.terminal
+        transitions=mdp.transition_array,
+        rewards=mdp.reward_array,
+        start=np.array([0.5, 0.5]),
+        gamma=1.0,
+        terminal=mdp.terminal,
     )
     paths = enumerate_trajectories(half, np.array([[1.0, 0.0], [0.5, 0.5]]), horizon=2)
     assert paths.mask.tolist() == [[False, False], [True, False]]

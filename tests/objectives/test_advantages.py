@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trueup.mdp import enumerate_trajectories
-from trueup.mdp import tabular as exact
-from trueup.mdp.random import random_mdp
+from trueup.mdp import enumerate_trajectories, exact
+from trueup.mdp.generators import random_mdp
 from trueup.objectives.advantages import (
     Statistics,
     gae,

@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trueup.mdp import SequenceSpace, Trajectories, enumerate_trajectories, tabular
-from trueup.mdp import softmax as exact
-from trueup.mdp.random import random_mdp
+from trueup.mdp import SequenceSpace, Trajectories, enumerate_trajectories, exact, softmax
+from trueup.mdp.generators import random_mdp
 from trueup.mdp.tabular import TabularMDP
 from trueup.objectives.advantages import gae
 from trueup.objectives.divergence import categorical_kl
@@ -293,7 +292,7 @@ def enumerated(seed: int, gamma: float = 0.7) -> Enumerated:
     mdp = random_mdp(seed, num_states=5, num_actions=2, gamma=gamma, episodic=True)
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(5, 2, generator=generator, dtype=torch.float64).requires_grad_()
-    paths = enumerate_trajectories(mdp, exact.softmax_policy(logits), horizon=4)
+    paths = enumerate_trajectories(mdp, softmax.softmax_policy(logits), horizon=4)
     assert not paths.truncated.any()
     return Enumerated(mdp, logits, paths)
 
@@ -302,7 +301,7 @@ BASELINES = {
     "none": lambda case: np.zeros(5),
     "constant": lambda case: np.full(5, 1.7),
     "any function of the state": lambda case: np.array([3.0, -1.0, 0.5, 2.0, 0.0]),
-    "true values": lambda case: tabular.values(case.mdp, exact.softmax_policy(case.logits)),
+    "true values": lambda case: exact.values(case.mdp, softmax.softmax_policy(case.logits)),
 }
 
 
@@ -312,8 +311,8 @@ def test_reinforce_with_and_without_gamma_to_the_t(seed: int, baseline: str) -> 
     """With γ^t the mean is ∇J_γ; without, the dropped-discount direction; no baseline of the state changes either."""
     case = enumerated(seed)
     advantages = case.returns - case.at_states(BASELINES[baseline](case))
-    true_gradient = exact.policy_gradient(case.mdp, case.logits)
-    dropped = exact.dropped_discount_gradient(case.mdp, case.logits)
+    true_gradient = softmax.policy_gradient(case.mdp, case.logits)
+    dropped = softmax.dropped_discount_gradient(case.mdp, case.logits)
     with_weights = case.mean_gradient(reinforce_discounted(case.logprobs(case.logits), advantages, case.elapsed))
     without = case.mean_gradient(reinforce(case.logprobs(case.logits), advantages))
     torch.testing.assert_close(with_weights, true_gradient, rtol=0, atol=1e-10)
@@ -324,9 +323,9 @@ def test_reinforce_with_and_without_gamma_to_the_t(seed: int, baseline: str) -> 
 
 def test_without_discount_both_are_the_gradient() -> None:
     case = enumerated(0, gamma=1.0)
-    true_gradient = exact.policy_gradient(case.mdp, case.logits)
+    true_gradient = softmax.policy_gradient(case.mdp, case.logits)
     torch.testing.assert_close(
-        exact.dropped_discount_gradient(case.mdp, case.logits), true_gradient, rtol=0, atol=1e-14
+        softmax.dropped_discount_gradient(case.mdp, case.logits), true_gradient, rtol=0, atol=1e-14
     )
     without = case.mean_gradient(reinforce(case.logprobs(case.logits), case.returns))
     torch.testing.assert_close(without, true_gradient, rtol=0, atol=1e-10)
@@ -335,16 +334,16 @@ def test_without_discount_both_are_the_gradient() -> None:
 def test_a_baseline_that_depends_on_the_action_is_biased() -> None:
     """The control: the expectation test does notice a wrong baseline."""
     case = enumerated(0)
-    q = tabular.action_values(case.mdp, exact.softmax_policy(case.logits))
+    q = exact.action_values(case.mdp, softmax.softmax_policy(case.logits))
     advantages = case.returns - torch.tensor(q[case.paths.states, case.paths.actions])
     estimate = case.mean_gradient(reinforce_discounted(case.logprobs(case.logits), advantages, case.elapsed))
-    assert (estimate - exact.policy_gradient(case.mdp, case.logits)).abs().max() > 1e-2
+    assert (estimate - softmax.policy_gradient(case.mdp, case.logits)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 1.0])
 def test_actor_critic_with_true_values_is_exact(gae_lambda: float) -> None:
     case = enumerated(1)
-    values = tabular.values(case.mdp, exact.softmax_policy(case.logits))
+    values = exact.values(case.mdp, softmax.softmax_policy(case.logits))
     advantages = gae(
         torch.tensor(case.paths.rewards),
         case.discounts,
@@ -354,7 +353,7 @@ def test_actor_critic_with_true_values_is_exact(gae_lambda: float) -> None:
         mask=case.mask,
     )
     estimate = case.mean_gradient(reinforce_discounted(case.logprobs(case.logits), advantages, case.elapsed))
-    torch.testing.assert_close(estimate, exact.policy_gradient(case.mdp, case.logits), rtol=0, atol=1e-10)
+    torch.testing.assert_close(estimate, softmax.policy_gradient(case.mdp, case.logits), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["clipped", "dual", "penalised", "cispo"])
@@ -373,7 +372,7 @@ def test_surrogates_on_policy_have_the_exact_gradient_in_the_mean(name: str) -> 
         "cispo": lambda: cispo(logprobs, weights, gains, clip_high=0.2),
     }[name]()
     torch.testing.assert_close(
-        case.mean_gradient(loss), exact.policy_gradient(case.mdp, case.logits), rtol=0, atol=1e-10
+        case.mean_gradient(loss), softmax.policy_gradient(case.mdp, case.logits), rtol=0, atol=1e-10
     )
 
 
@@ -384,11 +383,11 @@ def test_importance_weights_carry_trajectories_of_one_policy_to_another() -> Non
     log_ratios = log_ratio(case.logprobs(other), case.logprobs(case.logits), case.mask)
     probabilities = torch.tensor(case.paths.probabilities)
     objective = (probabilities * log_ratios.sum(-1).exp() * case.returns[:, 0]).sum()
-    truth = exact.expected_return(case.mdp, other)
+    truth = softmax.expected_return(case.mdp, other)
     torch.testing.assert_close(objective, truth, rtol=0, atol=1e-12)
     torch.testing.assert_close(gradient(objective, other), gradient(truth, other), rtol=0, atol=1e-10)
     per_step = probabilities * sequence_sum(log_ratios.exp() * case.elapsed * case.returns, case.mask)
-    assert (gradient(per_step, other) - gradient(exact.expected_return(case.mdp, other), other)).abs().max() > 1e-2
+    assert (gradient(per_step, other) - gradient(softmax.expected_return(case.mdp, other), other)).abs().max() > 1e-2
 
 
 def test_variance_of_importance_weights_grows_as_policies_part() -> None:
@@ -402,7 +401,7 @@ def test_variance_of_importance_weights_grows_as_policies_part() -> None:
         log_ratios = log_ratio(case.logprobs(moved), sampled, case.mask).sum(-1)
         weights = log_ratios.exp()
         variance = (old * (weights - 1).square()).sum()
-        torch.testing.assert_close((old * weights * case.returns[:, 0]).sum(), exact.expected_return(case.mdp, moved))
+        torch.testing.assert_close((old * weights * case.returns[:, 0]).sum(), softmax.expected_return(case.mdp, moved))
         torch.testing.assert_close(variance, (old * weights * weights).sum() - 1)
         assert variance >= (old * weights * log_ratios).sum().exp() - 1
         variances.append(variance.item())

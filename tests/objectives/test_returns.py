@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from trueup.mdp import enumerate_trajectories
-from trueup.mdp.random import random_mdp
-from trueup.mdp.tabular import values as exact_values
+from trueup.mdp.exact import values as exact_values
+from trueup.mdp.generators import random_mdp
 from trueup.objectives.returns import (
     discounted_returns,
     discounts_from,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trueup.mdp import TabularMDP, tabular
-from trueup.mdp.random import random_mdp
+from trueup.mdp import TabularMDP, exact, planning
+from trueup.mdp.generators import random_mdp
 from trueup.objectives.value import (
     clipped_value_loss,
     double_q_learning_target,
@@ -128,15 +128,15 @@ def mean_over_next_states(mdp: TabularMDP, target) -> np.ndarray:
     shape = (states, mdp.num_actions, states)
     discounts = np.broadcast_to(mdp.gamma * ~mdp.terminal, shape)
     next_states = np.broadcast_to(np.arange(states), shape).copy()
-    targets = target(torch.tensor(mdp.rewards), torch.tensor(discounts), next_states)
-    return (mdp.transitions * targets.numpy()).sum(-1)
+    targets = target(torch.tensor(mdp.reward_array), torch.tensor(discounts), next_states)
+    return (mdp.transition_array * targets.numpy()).sum(-1)
 
 
 @pytest.mark.parametrize("mdp", [MDP, EPISODIC], ids=["endless", "episodic"])
 def test_targets_satisfy_bellmans_equations(mdp: TabularMDP) -> None:
     """The mean of each target over what can happen next is the very function that it bootstraps from."""
-    values, q = tabular.values(mdp, POLICY), tabular.action_values(mdp, POLICY)
-    best = tabular.action_values(mdp, tabular.optimal_policy(mdp))
+    values, q = exact.values(mdp, POLICY), exact.action_values(mdp, POLICY)
+    best = exact.action_values(mdp, planning.policy_iteration(mdp).policy)
     td = mean_over_next_states(mdp, lambda r, d, s: td_target(r, d, torch.tensor(values[s])))
     np.testing.assert_allclose((POLICY * td).sum(-1)[~mdp.terminal], values[~mdp.terminal], atol=1e-12)
     probs = torch.tensor(POLICY)

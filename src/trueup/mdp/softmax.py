@@ -8,24 +8,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trueup.errors import DataError
-from trueup.mdp import tabular
-from trueup.mdp.tabular import TabularMDP
+from trueup.mdp import exact
+from trueup.mdp.tabular import Policy, TabularMDP
 
 
-def softmax_policy(logits: Float[Tensor, "s a"]) -> tabular.Policy:
-    """π(a|s) = softmax of the state's logits, as a NumPy float64 array for the functions of ``tabular``."""
+def softmax_policy(logits: Float[Tensor, "s a"]) -> Policy:
+    """π(a|s) = softmax of the state's logits, as a NumPy float64 array for the functions of ``exact``."""
     return torch.softmax(logits.detach().double(), -1).cpu().numpy()
 
 
 def expected_return(mdp: TabularMDP, logits: Float[Tensor, "s a"]) -> Float[Tensor, ""]:
     """J(θ) = ρᵀ (I − γ·P_θ)⁻¹ R_θ, differentiable: the exact gradient, whatever parameters the logits come from.
 
-    ``logits`` [S, A] float64. Raises ``DataError`` for another type, or as ``tabular.values``.
+    ``logits`` [S, A] float64. Raises ``DataError`` for another type, or as ``exact.values``.
     """
     if logits.dtype != torch.float64:
         raise DataError(f"the logits are {logits.dtype}", way_out="exact means float64: use logits.double()")
-    tabular.expected_return(mdp, softmax_policy(logits))  # refuses what has no finite return
-    transitions, rewards, start = (torch.tensor(x) for x in (mdp.transitions, mdp.expected_rewards, mdp.start))
+    exact.expected_return(mdp, softmax_policy(logits))  # refuses what has no finite return
+    transitions, rewards, start = (torch.tensor(x) for x in (mdp.transition_array, mdp.expected_rewards, mdp.start))
     policy = torch.softmax(logits, -1)
     chain = torch.einsum("sa,sat->st", policy, transitions)
     identity = torch.eye(mdp.num_states, dtype=torch.float64)
@@ -37,7 +37,7 @@ def policy_gradient(mdp: TabularMDP, logits: Float[Tensor, "s a"]) -> Float[Tens
 
         ∂J/∂θ(s,a) = d_γ(s) · π(a|s) · A(s,a),    d_γ(s) = Σ_t γ^t Pr(s_t = s)
 
-    What REINFORCE estimates *with* γ^t in front of ∇log π. Raises as ``tabular.values``.
+    What REINFORCE estimates *with* γ^t in front of ∇log π. Raises as ``exact.values``.
     Source: Sutton et al. 2000 (policy gradient theorem), written out for softmax as in Agarwal et al. 2021.
     """
     return _visited_advantages(mdp, logits, discounted=True)
@@ -49,7 +49,7 @@ def dropped_discount_gradient(mdp: TabularMDP, logits: Float[Tensor, "s a"]) -> 
         η(s) · π(a|s) · A_γ(s,a),    η(s) = Σ_t Pr(s_t = s)
 
     States count by how often they are visited, not by how soon; it isn't the gradient of any function. Defined for
-    episodes that end. Raises as ``tabular.occupancy`` undiscounted.
+    episodes that end. Raises as ``exact.occupancy`` undiscounted.
     Source: Thomas 2014 ("Bias in natural actor-critic algorithms"); Nota & Thomas 2020 ("Is the policy gradient a
     gradient?").
     """
@@ -58,5 +58,5 @@ def dropped_discount_gradient(mdp: TabularMDP, logits: Float[Tensor, "s a"]) -> 
 
 def _visited_advantages(mdp: TabularMDP, logits: Tensor, *, discounted: bool) -> Tensor:
     policy = softmax_policy(logits)
-    visits = tabular.occupancy(mdp, policy, discounted=discounted)
-    return torch.from_numpy(np.ascontiguousarray(visits[:, None] * policy * tabular.advantages(mdp, policy)))
+    visits = exact.occupancy(mdp, policy, discounted=discounted)
+    return torch.from_numpy(np.ascontiguousarray(visits[:, None] * policy * exact.advantages(mdp, policy)))

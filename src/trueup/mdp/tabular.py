@@ -1,20 +1,23 @@
-"""A finite Markov decision process, and everything about it that can be computed exactly. NumPy float64.
+"""A finite Markov decision process. NumPy and SciPy, float64.
 
-A policy is an array ``[S, A]`` of probabilities. Nothing here samples or iterates to a tolerance (but for
-``optimal_policy``, which ends after finitely many improvements): values come from linear equations.
+A policy is an array [S, A] of probabilities, or [S] of one action for each state.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import scipy.linalg
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+from scipy import sparse
 
 from trueup.errors import DataError
 
-Policy = Float[np.ndarray, "s a"]
+Policy = Float[np.ndarray, "s a"] | Int[np.ndarray, " s"]
+Rows = Any
+"""``scipy.sparse.csr_array``, of whose types a checker knows too little."""
 
 # Probabilities have to add up to 1 within what float64 loses in adding them.
 TOLERANCE = 1e-9
@@ -24,16 +27,21 @@ TOLERANCE = 1e-9
 class TabularMDP:
     """States 0…S−1, actions 0…A−1, known dynamics.
 
-    ``transitions`` [S, A, S']: probability of each next state. ``rewards``: [S, A, S'], or [S, A] where the reward
-    doesn't depend on the next state. ``start`` [S]: distribution of the first state. ``gamma`` in [0, 1].
-    ``terminal`` [S], bool: states in which the episode is over; no action is taken there, so their transitions and
-    rewards have to be 0, and so is their value. With γ = 1 every policy that is looked at has to reach one of them.
+    ``transitions``: probability of each next state, as an array [S, A, S'], a sparse matrix [S·A, S'] whose row
+    s·A + a belongs to state s and action a, or a list of one sparse matrix [S, S'] for each action. ``rewards``: in one
+    of these forms, or [S, A] or [S] where they depend on less. ``start`` [S]: distribution of the first state, by
+    default uniform over those that aren't terminal. ``gamma`` in [0, 1]. ``terminal`` [S], bool: states in which the
+    episode is over; no action is taken there, so their transitions and rewards have to be 0 (rewards [S] are not read
+    there), and so is their value. With γ = 1 every policy that is looked at has to reach one of them.
 
-    Raises ``DataError`` that names the state and action at fault.
+    What is kept is what can happen: ``transitions`` as a sparse matrix [S·A, S'], ``rewards`` [Z] of each of its Z
+    entries. Raises ``DataError`` that names the state and action at fault.
     """
 
-    transitions: Float[np.ndarray, "s a s"]
-    rewards: Float[np.ndarray, "s a s"]
+    transitions: Rows
+    rewards: Float[np.ndarray, " z"]
+    expected_rewards: Float[np.ndarray, "s a"]
+    """R(s, a) = Σ_s' P(s'|s, a) · r(s, a, s')."""
     start: Float[np.ndarray, " s"]
     gamma: float
     terminal: Bool[np.ndarray, " s"]
@@ -41,169 +49,204 @@ class TabularMDP:
     def __init__(
         self,
         *,
-        transitions: np.ndarray,
-        rewards: np.ndarray,
-        start: np.ndarray,
+        transitions: Any,
+        rewards: Any,
+        start: np.ndarray | None = None,
         gamma: float,
         terminal: np.ndarray | None = None,
     ) -> None:
-        transitions, rewards, start = (np.asarray(x, dtype=np.float64) for x in (transitions, rewards, start))
-        if transitions.ndim != 3 or transitions.shape[0] != transitions.shape[2] or 0 in transitions.shape:
-            raise DataError(f"transitions have the shape {transitions.shape}", way_out="give them as [S, A, S]")
-        num_states, num_actions, _ = transitions.shape
-        if rewards.shape == (num_states, num_actions):
-            rewards = np.repeat(rewards[:, :, None], num_states, axis=2)
-        terminal = np.zeros(num_states, dtype=bool) if terminal is None else np.asarray(terminal, dtype=bool)
-        for name, array, shape in (
-            ("rewards", rewards, transitions.shape),
-            ("start", start, (num_states,)),
-            ("terminal", terminal, (num_states,)),
-        ):
-            if array.shape != shape:
-                raise DataError(f"{name} has the shape {array.shape}, expected {shape}")
+        matrix = _as_rows(transitions).copy()
+        num_states = matrix.shape[1]
+        if 0 in matrix.shape or matrix.shape[0] % num_states:
+            raise DataError(f"transitions have the shape {matrix.shape}", way_out="give them as [S, A, S] or [S·A, S]")
+        matrix.sum_duplicates()
+        matrix.eliminate_zeros()
+        terminal = np.zeros(num_states, dtype=bool) if terminal is None else np.array(terminal, dtype=bool)
+        start = ~terminal / max(1, np.sum(~terminal)) if start is None else np.array(start, dtype=np.float64)
+        for name, array in (("start", start), ("terminal", terminal)):
+            if array.shape != (num_states,):
+                raise DataError(f"{name} has the shape {array.shape}, expected {(num_states,)}")
+        if not 0 <= gamma <= 1:
+            raise DataError(f"gamma is {gamma}", way_out="choose it in [0, 1]")
+        check_distributions(start[None], "start".format)
+        num_actions = matrix.shape[0] // num_states
+        earned = _earned(matrix, rewards, num_actions, terminal)
+        _check_dynamics(matrix, num_actions, terminal)
         # Fields of a frozen dataclass: what comes out of the checks can't be changed into something unchecked.
+        expected = sparse.csr_array((matrix.data * earned, matrix.indices, matrix.indptr), shape=matrix.shape).sum(1)
+        for array in (matrix.data, matrix.indices, matrix.indptr, earned, expected, start, terminal):
+            array.flags.writeable = False
         for name, value in (
-            ("transitions", transitions.copy()),
-            ("rewards", np.where(transitions > 0, rewards, 0.0)),
-            ("start", start.copy()),
-            ("terminal", terminal.copy()),
+            ("transitions", matrix),
+            ("rewards", earned),
+            ("expected_rewards", expected.reshape(num_states, num_actions)),
+            ("start", start),
+            ("gamma", float(gamma)),
+            ("terminal", terminal),
         ):
-            value.flags.writeable = False
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "gamma", float(gamma))
-        self._check(rewards)
-
-    def _check(self, rewards: np.ndarray) -> None:
-        if not 0 <= self.gamma <= 1:
-            raise DataError(f"gamma is {self.gamma}", way_out="choose it in [0, 1]")
-        _check_distribution(self.start, "start")
-        for state, action in np.ndindex(self.num_states, self.num_actions):
-            where = f"state {state}, action {action}"
-            if not np.isfinite(rewards[state, action]).all():
-                raise DataError("a reward is not a finite number", where=where)
-            if not self.terminal[state]:
-                _check_distribution(self.transitions[state, action], where)
-            elif self.transitions[state, action].any() or rewards[state, action].any():
-                raise DataError(
-                    "a terminal state has transitions or rewards",
-                    where=where,
-                    way_out="set them to 0: no action is taken there; put the reward on the step that leads there",
-                )
 
     @property
     def num_states(self) -> int:
-        return self.transitions.shape[0]
-
-    @property
-    def num_actions(self) -> int:
         return self.transitions.shape[1]
 
     @property
-    def expected_rewards(self) -> Float[np.ndarray, "s a"]:
-        """R(s, a) = Σ_s' P(s'|s, a) · r(s, a, s')."""
-        return (self.transitions * self.rewards).sum(-1)
+    def num_actions(self) -> int:
+        return self.transitions.shape[0] // self.num_states
 
+    @property
+    def transition_array(self) -> Float[np.ndarray, "s a s"]:
+        """P(s'|s, a) with all its zeros."""
+        return self.transitions.toarray().reshape(self.num_states, self.num_actions, self.num_states)
 
-def values(mdp: TabularMDP, policy: Policy) -> Float[np.ndarray, " s"]:
-    """The policy's value of every state, from Bellman's equation as a linear system.
+    @property
+    def reward_array(self) -> Float[np.ndarray, "s a s"]:
+        """r(s, a, s'), 0 where s' can't follow."""
+        places = self.transitions.indices, self.transitions.indptr
+        matrix = sparse.csr_array((self.rewards, *places), shape=self.transitions.shape)
+        return matrix.toarray().reshape(self.num_states, self.num_actions, self.num_states)
 
-        (I − γ·P_π) V = R_π
-
-    Raises ``DataError`` for a policy that isn't one, or if γ = 1 and some state never reaches a terminal one.
-    Source: Bellman 1957; Sutton & Barto 2018, eq. 4.4.
-    """
-    chain, rewards = _chain(mdp, policy)
-    if mdp.gamma == 1:
-        _check_terminates(mdp, chain)
-    return scipy.linalg.solve(np.eye(mdp.num_states) - mdp.gamma * chain, rewards)
-
-
-def action_values(mdp: TabularMDP, policy: Policy) -> Float[np.ndarray, "s a"]:
-    """Q(s, a) = R(s, a) + γ · Σ_s' P(s'|s, a) · V(s'). Raises as ``values``."""
-    return mdp.expected_rewards + mdp.gamma * mdp.transitions @ values(mdp, policy)
-
-
-def advantages(mdp: TabularMDP, policy: Policy) -> Float[np.ndarray, "s a"]:
-    """A(s, a) = Q(s, a) − V(s); its mean under the policy is 0 in every state. Raises as ``values``."""
-    q = action_values(mdp, policy)
-    return np.where(mdp.terminal[:, None], 0.0, q - (policy * q).sum(-1, keepdims=True))
-
-
-def occupancy(mdp: TabularMDP, policy: Policy, *, discounted: bool = True) -> Float[np.ndarray, " s"]:
-    """How often each state is visited, discounted or not: not normalised.
-
-        d(s) = Σ_t γ^t · Pr(s_t = s)    from    (I − γ·P_πᵀ) d = ρ,    and with γ = 1 if not ``discounted``
-
-    Raises ``DataError`` as ``values``; undiscounted visits of a chain that never ends are infinite, and raise too.
-    Source: Puterman 1994 (the dual of Bellman's equation); Sutton et al. 2000.
-    """
-    chain, _ = _chain(mdp, policy)
-    gamma = mdp.gamma if discounted else 1.0
-    if gamma == 1:
-        _check_terminates(mdp, chain)
-    return scipy.linalg.solve(np.eye(mdp.num_states) - gamma * chain.T, mdp.start)
-
-
-def expected_return(mdp: TabularMDP, policy: Policy) -> float:
-    """J = Σ_s ρ(s) · V(s), the mean discounted return of an episode. Raises as ``values``."""
-    return float(mdp.start @ values(mdp, policy))
-
-
-def optimal_policy(mdp: TabularMDP) -> Policy:
-    """A deterministic policy that no other one beats in any state, by policy iteration: exact, not to a tolerance.
-
-    Starts from the uniform policy and improves greedily until no state changes; ties go to the action held, then to the
-    lowest index. With γ = 1, raises ``DataError`` as ``values`` if a greedy policy never ends.
-    Source: Howard 1960; Sutton & Barto 2018, §4.3.
-    """
-    policy = np.full((mdp.num_states, mdp.num_actions), 1 / mdp.num_actions)
-    while True:
-        q = action_values(mdp, policy)
-        held = (policy * q).sum(-1)
-        scale = np.abs(q).max() + 1.0
-        # Improvement by rounding error alone would make ties switch for ever.
-        better = q.max(-1) > held + TOLERANCE * scale
-        greedy = np.eye(mdp.num_actions)[q.argmax(-1)]
-        deterministic = policy.max(-1) == 1
-        improved = np.where((better | ~deterministic)[:, None], greedy, policy)
-        if np.array_equal(improved, policy):
-            return policy
-        policy = improved
+    def expected_next(self, values: Float[np.ndarray, " s"]) -> Float[np.ndarray, "s a"]:
+        """Σ_s' P(s'|s, a) · values(s')."""
+        return (self.transitions @ values).reshape(self.num_states, self.num_actions)
 
 
 def check_policy(mdp: TabularMDP, policy: Policy) -> None:
-    """Raise ``DataError``, naming the state, unless ``policy`` [S, A] holds a distribution for every state."""
-    if policy.shape != (mdp.num_states, mdp.num_actions):
-        raise DataError(f"the policy has the shape {policy.shape}, expected {(mdp.num_states, mdp.num_actions)}")
-    for state in range(mdp.num_states):
-        _check_distribution(policy[state], f"policy in state {state}")
+    """Raise ``DataError``, naming the state, unless ``policy`` holds a distribution or an action for every state."""
+    shapes = [(mdp.num_states, mdp.num_actions), (mdp.num_states,)]
+    if policy.shape not in shapes:
+        raise DataError(f"the policy has the shape {policy.shape}, expected {shapes[0]} or {shapes[1]}")
+    if policy.ndim == 2:
+        check_distributions(policy, "policy in state {}".format)
+    elif not np.issubdtype(policy.dtype, np.integer):
+        raise DataError(f"the policy's actions are {policy.dtype}", way_out="one whole number for each state")
+    elif len(wrong := np.flatnonzero((policy < 0) | (policy >= mdp.num_actions))):
+        raise DataError(f"there is no action {policy[wrong[0]]}", where=f"policy in state {wrong[0]}")
 
 
-def _chain(mdp: TabularMDP, policy: Policy) -> tuple[np.ndarray, np.ndarray]:
-    """P_π [S, S'] and R_π [S] of the Markov chain that the policy makes of the process."""
+def chain_of(mdp: TabularMDP, policy: Policy) -> tuple[Rows, Float[np.ndarray, " s"]]:
+    """The Markov chain that a policy makes of the process.
+
+        P_π(s, s') = Σ_a π(a|s) · P(s'|s, a),    R_π(s) = Σ_a π(a|s) · R(s, a)
+
+    Returns P_π, sparse [S, S'], and R_π [S]. Raises ``DataError`` for a policy that isn't one.
+    """
     check_policy(mdp, policy)
-    return np.einsum("sa,sat->st", policy, mdp.transitions), (policy * mdp.expected_rewards).sum(-1)
+    if policy.ndim == 1:
+        states = np.arange(mdp.num_states)
+        return mdp.transitions[states * mdp.num_actions + policy], mdp.expected_rewards[states, policy]
+    places = np.arange(policy.size), np.arange(0, policy.size + 1, mdp.num_actions)
+    choice = sparse.csr_array((policy.ravel(), *places), shape=(mdp.num_states, policy.size))
+    return choice @ mdp.transitions, (policy * mdp.expected_rewards).sum(-1)
 
 
-def _check_distribution(probabilities: np.ndarray, where: str) -> None:
-    if not np.isfinite(probabilities).all() or (probabilities < 0).any():
-        raise DataError(f"not probabilities: {probabilities.tolist()}", where=where)
-    if abs(probabilities.sum() - 1) > TOLERANCE:
-        raise DataError(
-            f"probabilities add up to {probabilities.sum():.12g}",
-            where=where,
-            way_out="they have to add up to 1; a state where the episode is over is marked in `terminal`",
-        )
-
-
-def _check_terminates(mdp: TabularMDP, chain: np.ndarray) -> None:
-    """From every state some terminal one can be reached; else undiscounted sums don't exist."""
-    ends = mdp.terminal.copy()
-    for _ in range(mdp.num_states):
-        ends |= chain[:, ends].sum(-1) > 0
+def check_terminates(mdp: TabularMDP, chain: Rows) -> None:
+    """Raise ``DataError`` unless from every state some terminal one can be reached: else undiscounted sums don't
+    exist."""
+    num_states = mdp.num_states
+    # Backwards from one state more, which all terminal ones lead to.
+    backwards = sparse.block_array(
+        [[chain.T, None], [sparse.csr_array(mdp.terminal[None].astype(float)), sparse.csr_array((1, 1))]], format="csr"
+    )
+    reached = sparse.csgraph.breadth_first_order(backwards, num_states, return_predecessors=False)
+    ends = np.zeros(num_states + 1, dtype=bool)
+    ends[reached] = True
     if not ends.all():
         raise DataError(
             "under this policy the episode never ends, so undiscounted sums over it don't exist",
             where=f"state {int(np.flatnonzero(~ends)[0])}",
             way_out="use gamma < 1, or a policy that reaches a terminal state",
         )
+
+
+def check_distributions(rows: Any, where: Callable[[int], str]) -> None:
+    """Raise ``DataError`` unless every row of a matrix, sparse or not, is one; ``where`` says what row number r is."""
+    entries = rows.data if sparse.issparse(rows) else rows
+    totals = np.asarray(rows.sum(1)).ravel()
+    if not np.isfinite(entries).all() or (entries < 0).any():
+        row = _first_row(rows, ~np.isfinite(entries) | (entries < 0))
+        shown = rows[[row]].toarray()[0] if sparse.issparse(rows) else rows[row]
+        raise DataError(f"not probabilities: {shown.tolist()}", where=where(row))
+    if len(wrong := np.flatnonzero(np.abs(totals - 1) > TOLERANCE)):
+        raise DataError(
+            f"probabilities add up to {totals[wrong[0]]:.12g}",
+            where=where(int(wrong[0])),
+            way_out="they have to add up to 1; a state where the episode is over is marked in `terminal`",
+        )
+
+
+def _first_row(rows: Any, at_fault: np.ndarray) -> int:
+    """The row of the first entry at fault."""
+    if sparse.issparse(rows):
+        return int(np.searchsorted(rows.indptr, np.flatnonzero(at_fault)[0], side="right")) - 1
+    return int(np.nonzero(at_fault)[0][0])
+
+
+def _as_rows(matrix: Any) -> Rows:
+    """[S·A, S'] of any of the forms that transitions come in."""
+    if sparse.issparse(matrix):
+        return sparse.csr_array(matrix, dtype=np.float64)
+    if _is_sparse(matrix):
+        shapes = {each.shape for each in matrix}
+        num_states = matrix[0].shape[1]
+        if shapes != {(num_states, num_states)}:
+            raise DataError(f"matrices of the shapes {sorted(shapes)}", way_out="give one [S, S] for each action")
+        by_action: Rows = sparse.vstack(matrix, format="csr", dtype=np.float64)
+        return by_action[np.arange(by_action.shape[0]).reshape(len(matrix), num_states).T.ravel()]
+    array = np.asarray(matrix, dtype=np.float64)
+    if array.ndim != 3 or array.shape[0] != array.shape[2] or 0 in array.shape:
+        raise DataError(f"transitions have the shape {array.shape}", way_out="give them as [S, A, S]")
+    return sparse.csr_array(array.reshape(-1, array.shape[2]))
+
+
+def _earned(matrix: Rows, rewards: Any, num_actions: int, terminal: np.ndarray) -> np.ndarray:
+    """r(s, a, s') of every entry of the transitions."""
+    num_states = matrix.shape[1]
+    if not _is_sparse(rewards):
+        rewards = np.asarray(rewards, dtype=np.float64)
+        if rewards.shape == (num_states,):
+            rewards = np.repeat(np.where(terminal, 0.0, rewards)[:, None], num_actions, axis=1)
+        shapes = [(num_states,), (num_states, num_actions), (num_states, num_actions, num_states)]
+        if rewards.shape not in shapes:
+            raise DataError(f"rewards have the shape {rewards.shape}, expected {shapes[0]}, {shapes[1]} or {shapes[2]}")
+    of_pairs = not _is_sparse(rewards) and rewards.ndim == 2
+    given: Rows = sparse.csr_array(rewards.reshape(-1, 1)) if of_pairs else _as_rows(rewards)
+    if not of_pairs and given.shape != matrix.shape:
+        raise DataError(f"rewards have the shape {given.shape}, expected {matrix.shape}")
+    if (wrong := ~np.isfinite(given.data)).any():
+        where = _state_and_action(_first_row(given, wrong), num_actions)
+        raise DataError("a reward is not a finite number", where=where)
+    _check_over(given, num_actions, terminal)
+    sizes = np.diff(matrix.indptr)
+    if of_pairs:
+        return np.repeat(rewards.ravel(), sizes)
+    return np.asarray(given[np.repeat(np.arange(len(sizes)), sizes), matrix.indices], dtype=np.float64).ravel()
+
+
+def _check_over(rows: Rows, num_actions: int, terminal: np.ndarray) -> None:
+    """Raise ``DataError`` unless nothing but zeros stands in the rows of terminal states."""
+    wrong = np.repeat(np.repeat(terminal, num_actions), np.diff(rows.indptr)) & (rows.data != 0)
+    if wrong.any():
+        raise DataError(
+            "a terminal state has transitions or rewards",
+            where=_state_and_action(_first_row(rows, wrong), num_actions),
+            way_out="set them to 0: no action is taken there; put the reward on the step that leads there",
+        )
+
+
+def _check_dynamics(matrix: Rows, num_actions: int, terminal: np.ndarray) -> None:
+    _check_over(matrix, num_actions, terminal)
+    rows = np.flatnonzero(np.repeat(~terminal, num_actions))
+    live = matrix[rows] if terminal.any() else matrix
+    check_distributions(live, lambda row: _state_and_action(int(rows[row]), num_actions))
+
+
+def _is_sparse(matrix: Any) -> bool:
+    """One sparse matrix, or a list of them."""
+    if isinstance(matrix, list | tuple):
+        return bool(matrix) and all(sparse.issparse(each) for each in matrix)
+    return sparse.issparse(matrix)
+
+
+def _state_and_action(row: int, num_actions: int) -> str:
+    return f"state {row // num_actions}, action {row % num_actions}"

@@ -47,6 +47,7 @@ def enumerate_trajectories(
     if horizon < 1:
         raise DataError(f"the horizon is {horizon}", way_out="it has to be at least 1 step")
     starts = np.flatnonzero(mdp.start)
+    transitions = mdp.transition_array
     # One row per trajectory so far; the columns of `paths` are s_0, a_0, s_1, a_1, …
     paths, probabilities = starts[:, None], mdp.start[starts]
     over = mdp.terminal[starts]
@@ -54,7 +55,7 @@ def enumerate_trajectories(
     for _ in range(horizon):
         paths, probabilities = paths[~over], probabilities[~over]
         here = paths[:, -1]
-        joint = probabilities[:, None, None] * policy[here][:, :, None] * mdp.transitions[here]
+        joint = probabilities[:, None, None] * policy[here][:, :, None] * transitions[here]
         row, action, state = np.nonzero(joint)
         if sum(len(some) for _, some in finished) + len(row) > max_trajectories:
             raise DataError(
@@ -81,7 +82,7 @@ def _laid_out(mdp: TabularMDP, finished: list[tuple[np.ndarray, np.ndarray]], ho
     return Trajectories(
         states=states,
         actions=actions,
-        rewards=np.where(mask, mdp.rewards[states, actions, next_states], 0.0),
+        rewards=np.where(mask, mdp.reward_array[states, actions, next_states], 0.0),
         next_states=next_states,
         mask=mask,
         terminated=last & ended,

@@ -1,0 +1,185 @@
+"""The best policy of a known process, with a bound on how far the answer can be from the truth. NumPy and SciPy.
+
+With T the optimal Bellman operator and δ = T v − v, the optimal values lie between
+
+    T v + γ/(1−γ) · min δ  ≤  V*  ≤  T v + γ/(1−γ) · max δ
+
+and so does the value of the policy that is greedy in v (MacQueen 1966; Porteus 1971; Puterman 1994, theorem 6.6.3).
+All methods stop by this bound, not by the size of δ: a process that forgets quickly where it began has a δ that is the
+same in all states long before it is small. Both ends hold where an episode can end, too: δ is 0 in terminal states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.optimize
+from jaxtyping import Float, Int
+from scipy import sparse
+
+from trueup.errors import DataError
+from trueup.mdp.exact import state_values, values, values_of_actions
+from trueup.mdp.linear import Method
+from trueup.mdp.tabular import TOLERANCE, Rows, TabularMDP, chain_of
+
+EVALUATED_TO = 0.1
+"""Modified policy iteration evaluates a policy until what is left of its own residual's spread is this share of the
+one it began with: exact values of a policy that is about to be replaced are worth nothing."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Solution:
+    """Optimal values and a policy."""
+
+    values: Float[np.ndarray, " s"]
+    policy: Int[np.ndarray, " s"]
+    """An action for each state; 0 in terminal ones."""
+    error: float
+    """‖values − V*‖∞ is at most this; NaN with γ = 1, for which there is no bound."""
+    regret: float
+    """V* − V_π of this policy is in every state at most this; NaN with γ = 1."""
+    residual: float
+    """‖T v − v‖∞ of the last look at all actions."""
+    sweeps: int
+    """How often every action of every state was looked at."""
+
+
+Progress = Callable[[int, float], None]
+"""Told after every sweep: its number, and the bound on the error (with γ = 1 the residual)."""
+
+
+def value_iteration(
+    mdp: TabularMDP, *, tolerance: float = 1e-6, max_sweeps: int = 1_000_000, progress: Progress | None = None
+) -> Solution:
+    """v ← max_a R(s, a) + γ · Σ_s' P(s'|s, a) · v(s'), until the error's bound is at most ``tolerance``.
+
+    With γ = 1 until no value changes by more than ``tolerance``, with no bound. Raises ``DataError`` if that doesn't
+    happen within ``max_sweeps``. Source: Bellman 1957; Puterman 1994, §6.3 and 6.6.
+    """
+    return _improve(mdp, tolerance, max_sweeps, 0, progress)
+
+
+def modified_policy_iteration(
+    mdp: TabularMDP,
+    *,
+    tolerance: float = 1e-6,
+    max_sweeps: int = 1_000_000,
+    max_evaluations: int = 1000,
+    progress: Progress | None = None,
+) -> Solution:
+    """Value iteration that follows each greedy policy for a while, which costs a fraction of looking at all actions.
+
+        π ← greedy in v,    v ← T v,    then v ← R_π + γ·P_π·v, up to ``max_evaluations`` times, while that tells much
+
+    Stops and raises as ``value_iteration``. Source: Puterman & Shin 1978; Puterman 1994, §6.5.
+    """
+    return _improve(mdp, tolerance, max_sweeps, max_evaluations, progress)
+
+
+def _improve(
+    mdp: TabularMDP, tolerance: float, max_sweeps: int, max_evaluations: int, progress: Progress | None
+) -> Solution:
+    v, policy = np.zeros(mdp.num_states), np.full(mdp.num_states, -1)
+    chain: tuple[Rows, np.ndarray] | None = None
+    for sweep in range(1, max_sweeps + 1):
+        q = values_of_actions(mdp, v)
+        greedy = q.argmax(-1)
+        improved = state_values(q, greedy)
+        delta = improved - v
+        solution = _bounded(mdp, improved, greedy, delta, sweep)
+        left = solution.residual if mdp.gamma == 1 else solution.error
+        if progress is not None:
+            progress(sweep, left)
+        if left <= tolerance:
+            return solution
+        v = improved
+        if not max_evaluations:
+            continue
+        if chain is None or not np.array_equal(greedy, policy):
+            policy, chain = greedy, chain_of(mdp, greedy)
+        v = _evaluate(mdp, *chain, v, EVALUATED_TO * _spread(delta), max_evaluations)
+    raise DataError(
+        f"not within {tolerance:g} after {max_sweeps} sweeps",
+        way_out="raise max_sweeps or the tolerance; with gamma = 1 an optimal value may be infinite",
+    )
+
+
+def _evaluate(mdp: TabularMDP, chain: Rows, rewards: np.ndarray, v: np.ndarray, enough: float, most: int) -> np.ndarray:
+    """v ← R_π + γ·P_π·v until the changes of all states are so much the same."""
+    for _ in range(most):
+        after = rewards + mdp.gamma * (chain @ v)
+        spread, v = _spread(after - v), after
+        if spread <= enough:
+            break
+    return v
+
+
+def _spread(delta: np.ndarray) -> float:
+    return float(delta.max() - delta.min())
+
+
+def _bounded(mdp: TabularMDP, improved: np.ndarray, policy: np.ndarray, delta: np.ndarray, sweeps: int) -> Solution:
+    """The middle of the two bounds, and half their distance; where γ = 1 the values as they are."""
+    residual = float(np.abs(delta).max())
+    factor = np.nan if mdp.gamma == 1 else mdp.gamma / (1 - mdp.gamma)
+    shift = 0.0 if mdp.gamma == 1 else factor * (delta.max() + delta.min()) / 2
+    return Solution(
+        values=np.where(mdp.terminal, 0.0, improved + shift),
+        policy=policy,
+        error=factor * _spread(delta) / 2,
+        regret=factor * _spread(delta),
+        residual=residual,
+        sweeps=sweeps,
+    )
+
+
+def policy_iteration(
+    mdp: TabularMDP, *, method: Method = "auto", max_sweeps: int = 10_000, progress: Progress | None = None
+) -> Solution:
+    """Exact evaluation and greedy improvement until no state changes: ends after finitely many policies.
+
+        V_π from (I − γ·P_π) V = R_π,    π(s) ← argmax_a R(s, a) + γ · Σ_s' P(s'|s, a) · V_π(s')
+
+    Begins with the uniform policy; ties go to the action held, then to the lowest index. ``method``: as for
+    ``exact.values``. Raises ``DataError`` as that does, so with γ = 1 if a greedy policy never ends.
+    Source: Howard 1960; Sutton & Barto 2018, §4.3.
+    """
+    policy: np.ndarray = np.full((mdp.num_states, mdp.num_actions), 1 / mdp.num_actions)
+    for sweep in range(1, max_sweeps + 1):
+        v = values(mdp, policy, method=method)
+        q = values_of_actions(mdp, v)
+        # Improvement by rounding error alone would make ties switch for ever.
+        better = q.max(-1) > state_values(q, policy) + TOLERANCE * (np.abs(q).max() + 1.0)
+        improved = q.argmax(-1) if policy.ndim == 2 else np.where(better, q.argmax(-1), policy)
+        solution = _bounded(mdp, q.max(-1), improved, q.max(-1) - v, sweep)
+        if progress is not None:
+            progress(sweep, solution.residual if mdp.gamma == 1 else solution.error)
+        if np.array_equal(improved, policy):
+            return solution
+        policy = improved
+    raise DataError(f"still improving after {max_sweeps} policies", way_out="raise max_sweeps")
+
+
+def linear_program(mdp: TabularMDP) -> Solution:
+    """The smallest values that no action improves on, by HiGHS.
+
+        minimise Σ_s V(s)   subject to   V(s) ≥ R(s, a) + γ · Σ_s' P(s'|s, a) · V(s')   for all s, a
+
+    Raises ``DataError`` if there is no solution. Source: d'Epenoux 1963; Puterman 1994, §6.9.
+    """
+    identity = sparse.csr_array(np.repeat(np.eye(mdp.num_states), mdp.num_actions, axis=0))
+    found = scipy.optimize.linprog(
+        np.ones(mdp.num_states),
+        A_ub=mdp.gamma * mdp.transitions - identity,
+        b_ub=-mdp.expected_rewards.ravel(),
+        bounds=(None, None),
+        method="highs",
+    )
+    if not found.success:
+        raise DataError(
+            f"the linear program has no solution: {found.message}", way_out="use gamma < 1, or rewards that end"
+        )
+    q = values_of_actions(mdp, found.x)
+    return _bounded(mdp, q.max(-1), q.argmax(-1), q.max(-1) - found.x, 1)
