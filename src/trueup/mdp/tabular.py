@@ -124,6 +124,11 @@ def check_policy(mdp: TabularMDP, policy: Policy) -> None:
         raise DataError(f"there is no action {policy[wrong[0]]}", where=f"policy in state {wrong[0]}")
 
 
+def as_probabilities(policy: Policy, num_actions: int) -> Float[np.ndarray, "s a"]:
+    """A policy of either form as [S, A]."""
+    return policy if policy.ndim == 2 else np.eye(num_actions)[policy]
+
+
 def chain_of(mdp: TabularMDP, policy: Policy) -> tuple[Rows, Float[np.ndarray, " s"]]:
     """The Markov chain that a policy makes of the process.
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from trueup.errors import DataError
-from trueup.mdp.tabular import Policy, TabularMDP, check_policy
+from trueup.mdp.tabular import Policy, TabularMDP, as_probabilities, check_policy
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -47,7 +47,7 @@ def enumerate_trajectories(
     if horizon < 1:
         raise DataError(f"the horizon is {horizon}", way_out="it has to be at least 1 step")
     starts = np.flatnonzero(mdp.start)
-    transitions = mdp.transition_array
+    transitions, policy = mdp.transition_array, as_probabilities(policy, mdp.num_actions)
     # One row per trajectory so far; the columns of `paths` are s_0, a_0, s_1, a_1, …
     paths, probabilities = starts[:, None], mdp.start[starts]
     over = mdp.terminal[starts]
