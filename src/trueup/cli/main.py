@@ -99,6 +99,9 @@ COMMANDS = {
         "iterate",
         defaults="iterate_defaults",
     ),
+    "mdp solve": Command(
+        "Values and the best policy of a known tabular process", "trueup.cli.mdp", "SolveSettings", "solve"
+    ),
     "cache": Command("List what is kept between runs, or remove it", "trueup.cli.cache", "CacheSettings", "cache"),
 }
 
