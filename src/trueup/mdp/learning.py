@@ -52,7 +52,7 @@ class LearnedActions:
     """What R independent runs arrived at, and how they got there."""
 
     q: Float[np.ndarray, "r s a"]
-    """Values of actions; of actor-critic the policy's log-probabilities."""
+    """Values of actions."""
     curve: Float[np.ndarray, "e r s a"]
     """The same at each of E looks, the last of them at the end."""
     steps: Int[np.ndarray, " e"]

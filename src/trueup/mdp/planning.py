@@ -172,7 +172,7 @@ def linear_program(mdp: TabularMDP) -> Solution:
 
     Raises ``DataError`` if there is no solution. Source: d'Epenoux 1963; Puterman 1994, §6.9.
     """
-    identity = sparse.csr_array(np.repeat(np.eye(mdp.num_states), mdp.num_actions, axis=0))
+    identity: Rows = sparse.kron(sparse.eye_array(mdp.num_states), np.ones((mdp.num_actions, 1)), format="csr")
     found = scipy.optimize.linprog(
         np.ones(mdp.num_states),
         A_ub=mdp.gamma * mdp.transitions - identity,
