@@ -175,7 +175,8 @@ def td_lambda(
             trace[taken.terminated] = 0
         else:  # the same, without an operation on all states
             values[every, taken.states] += step_size.at(counts[every, taken.states]) * delta
-        looks.take(number, values)
+        if looks.due(number):
+            looks.take(values)
     return looks.learned(values)
 
 
@@ -222,7 +223,8 @@ def n_step_td(
             target = sums[age, ready] + powers[age] * mdp.gamma * bootstrap[ready]
             values[rows, here] += step_size.at(counts[rows, here]) * (target - values[rows, here])
         is_open[:, taken.terminated] = False
-        looks.take(number, values)
+        if looks.due(number):
+            looks.take(values)
     return looks.learned(values)
 
 
@@ -236,11 +238,14 @@ class Looks:
         self.curve: list[np.ndarray] = []
         self.told = look
 
-    def take(self, number: int, values: np.ndarray) -> None:
-        if len(self.curve) < len(self.at) and number == self.at[len(self.curve)]:
-            self.curve.append(values.copy())
-            if self.told is not None:
-                self.told(number, values)
+    def due(self, number: int) -> bool:
+        """Whether it is time to look after so many steps."""
+        return len(self.curve) < len(self.at) and number == self.at[len(self.curve)]
+
+    def take(self, values: np.ndarray) -> None:
+        self.curve.append(values.copy())
+        if self.told is not None:
+            self.told(int(self.at[len(self.curve) - 1]), self.curve[-1])
 
     def learned(self, values: np.ndarray) -> Learned:
         return Learned(values=values, curve=np.stack(self.curve), steps=self.at)

@@ -96,7 +96,7 @@ def learn_action_values(
     counts = np.zeros_like(tables)
 
     def acting(states: np.ndarray, number: int) -> np.ndarray:
-        return greedy_but(tables.mean(0)[every, states], exploration.at(number, num_steps), rng)
+        return greedy_but(tables[:, every, states].mean(0), exploration.at(number, num_steps), rng)
 
     looks = Looks(num_steps, num_looks, look)
     actions = runs.sampler.choices(acting(runs.states, 0))
@@ -111,9 +111,9 @@ def learn_action_values(
         tables[place] += step_size.at(counts[place]) * (targets - tables[place])
         begun = runs.sampler.choices(acting(runs.states, number)) if taken.terminated.any() else following
         actions = np.where(taken.terminated, begun, following)
-        looks.take(number, tables.mean(0))
-    q = tables.mean(0)
-    return LearnedActions(q=q, curve=np.stack(looks.curve), steps=looks.at)
+        if looks.due(number):
+            looks.take(tables.mean(0))
+    return LearnedActions(q=looks.curve[-1], curve=np.stack(looks.curve), steps=looks.at)
 
 
 def greedy_but(q: Float[np.ndarray, "r a"], epsilon: float, rng: np.random.Generator) -> Float[np.ndarray, "r a"]:

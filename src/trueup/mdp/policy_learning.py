@@ -105,7 +105,8 @@ def reinforce(
             logits -= learning_rate * gradient
         if baseline == "value":
             _move(values, np.broadcast_to(rows, paths.mask.shape), paths, returns.numpy(), baseline_step_size)
-        looks.take(number, torch.softmax(logits.detach(), -1).numpy())
+        if looks.due(number):
+            looks.take(torch.softmax(logits.detach(), -1).numpy())
     return LearnedPolicies(policies=looks.curve[-1], curve=np.stack(looks.curve), steps=looks.at)
 
 
@@ -167,5 +168,6 @@ def actor_critic(
         logits[every, states] -= learning_rate * gradient
         values[every, states] += critic_step_size * surprise
         elapsed = np.where(taken.terminated, 1.0, elapsed * mdp.gamma)
-        looks.take(number, torch.softmax(logits, -1).numpy())
+        if looks.due(number):
+            looks.take(torch.softmax(logits, -1).numpy())
     return LearnedPolicies(policies=looks.curve[-1], curve=np.stack(looks.curve), steps=looks.at)
