@@ -19,7 +19,7 @@ from trueup.rewards.samples import RewardScores
 from trueup.runs.folder import read_metrics
 from trueup.trainers.algorithms import Learned
 from trueup.trainers.experience import Experience, new_experience
-from trueup.trainers.policy_metrics import Alarms, learning_metrics, not_clipped, rollout_metrics
+from trueup.trainers.policy_metrics import FORGOTTEN, Alarms, learning_metrics, not_clipped, rollout_metrics
 from trueup.trainers.policy_settings import PolicySettings
 
 SCORES = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
@@ -172,6 +172,9 @@ def test_an_alarm_rings_once_and_again_when_it_comes_anew(name: str):
     assert alarms.metrics == flag
     assert alarms.heard(FINE) == []
     assert alarms.metrics == {}
+    assert alarms.heard(bad) == [], "it only wavers"
+    for _ in range(FORGOTTEN):
+        assert alarms.heard(FINE) == []
     # As a checkpoint has it.
     again = Alarms(**json.loads(json.dumps(vars(alarms))))
     assert len(again.heard(bad)) == 1

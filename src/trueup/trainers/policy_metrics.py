@@ -98,9 +98,14 @@ def not_clipped(x: Experience, rows: Sequence[int], *, whole_ratio: bool) -> dic
     return {f"clip_ratio/{name}_mean": none for name in ("low", "high", "region")}
 
 
+FORGOTTEN = 20
+"""Rollouts without an alarm after which it is news again."""
+
+
 @dataclass
 class Alarms:
-    """Tells once when a run goes wrong in one of the ways that runs go wrong, and again when it does so anew.
+    """Tells once when a run goes wrong in one of the ways that runs go wrong, and again when it does so anew, not
+    whenever a metric that wavers about a threshold crosses it.
 
     Part of every checkpoint: plain numbers only.
     """
@@ -108,6 +113,8 @@ class Alarms:
     first: dict[str, float] = field(default_factory=dict)
     """The first rollout's metrics that later ones are compared with."""
     on: dict[str, bool] = field(default_factory=dict)
+    quiet: dict[str, int] = field(default_factory=dict)
+    """Rollouts since each alarm last rang."""
 
     def heard(self, metrics: Mapping[str, float]) -> list[str]:
         """What to say after this rollout; ``metrics`` are those of its record."""
@@ -117,9 +124,10 @@ class Alarms:
         texts = {}
         for name, (rings, text) in ALARMS.items():
             ringing = rings(metrics, self.first)
-            if ringing and not self.on.get(name, False):
+            if ringing and self.quiet.get(name, FORGOTTEN) >= FORGOTTEN:
                 texts[name] = text
             self.on[name] = ringing
+            self.quiet[name] = 0 if ringing else self.quiet.get(name, FORGOTTEN) + 1
         return [f"alarm, {name}: {text}" for name, text in texts.items()]
 
     @property
@@ -140,8 +148,8 @@ def _drifted(metrics: Mapping[str, float], first: Mapping[str, float]) -> bool:
 ALARMS = {
     "entropy collapse": (
         _collapsed,
-        "the entropy is below a twentieth of what it was at first: nothing new is sampled any more"
-        "\n  → a lower --learning-rate, a larger --kl-coef or --clip-high, or --entropy-coef",
+        "the entropy is below a twentieth of what it was at first: nothing new is sampled any more, which is well if all "
+        "answers are right\n  → if not: a lower --learning-rate, a larger --kl-coef or --clip-high, or --entropy-coef",
     ),
     "length drift": (
         _drifted,
