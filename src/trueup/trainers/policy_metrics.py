@@ -148,8 +148,8 @@ def _drifted(metrics: Mapping[str, float], first: Mapping[str, float]) -> bool:
 ALARMS = {
     "entropy collapse": (
         _collapsed,
-        "the entropy is below a twentieth of what it was at first: nothing new is sampled any more, which is well if all "
-        "answers are right\n  → if not: a lower --learning-rate, a larger --kl-coef or --clip-high, or --entropy-coef",
+        "the entropy is below a twentieth of what it was at first: nothing new is sampled any more, which is well if "
+        "all answers are right\n  → if not: a lower --learning-rate, a larger --kl-coef or --clip-high, or --entropy-coef",
     ),
     "length drift": (
         _drifted,
