@@ -149,7 +149,8 @@ ALARMS = {
     "entropy collapse": (
         _collapsed,
         "the entropy is below a twentieth of what it was at first: nothing new is sampled any more, which is well if "
-        "all answers are right\n  → if not: a lower --learning-rate, a larger --kl-coef or --clip-high, or --entropy-coef",
+        "all answers are right"
+        "\n  → if not: a lower --learning-rate, a larger --kl-coef or --clip-high, or --entropy-coef",
     ),
     "length drift": (
         _drifted,
