@@ -82,13 +82,13 @@ def test_temporal_differences_converge(learner: str, case: str) -> None:
     assert distances[-1].mean() < 0.15 * np.abs(truth).max()
     assert distances[-1].mean() < distances[0].mean()
     assert found.steps[-1] == 2_000
-    np.testing.assert_array_equal(found.curve[-1], found.values)
+    np.testing.assert_array_equal(found.curve[-1], found.final)
 
 
 def test_one_step_is_td_0() -> None:
     options = {"num_steps": 500, "num_runs": 3, "seed": 2}
     np.testing.assert_allclose(
-        n_step_td(*CASES["branching"], n=1, **options).values, td_lambda(*CASES["branching"], **options).values
+        n_step_td(*CASES["branching"], n=1, **options).final, td_lambda(*CASES["branching"], **options).final
     )
 
 
@@ -105,13 +105,13 @@ def test_by_hand() -> None:
     )
     options = {"num_runs": 1, "step_size": StepSize(initial=0.5, power=0)}
     policy = np.zeros(3, dtype=int)
-    assert td_lambda(mdp, policy, num_steps=2, **options).values.tolist() == [[0.5, 1, 0]]
+    assert td_lambda(mdp, policy, num_steps=2, **options).final.tolist() == [[0.5, 1, 0]]
     # δ of the second step, 2, reaches back with γλ = ½·½ to the first state: ½ + ½·2·¼
-    assert td_lambda(mdp, policy, num_steps=2, lambda_=0.5, **options).values.tolist() == [[0.75, 1, 0]]
+    assert td_lambda(mdp, policy, num_steps=2, lambda_=0.5, **options).final.tolist() == [[0.75, 1, 0]]
     # two steps: 1 + ½·2 = 2 from the first state, halved; nothing is known before the episode's end
-    assert n_step_td(mdp, policy, num_steps=1, n=2, **options).values.tolist() == [[0, 0, 0]]
-    assert n_step_td(mdp, policy, num_steps=2, n=2, **options).values.tolist() == [[1, 1, 0]]
-    assert n_step_td(mdp, policy, num_steps=2, n=9, **options).values.tolist() == [[1, 1, 0]]
+    assert n_step_td(mdp, policy, num_steps=1, n=2, **options).final.tolist() == [[0, 0, 0]]
+    assert n_step_td(mdp, policy, num_steps=2, n=2, **options).final.tolist() == [[1, 1, 0]]
+    assert n_step_td(mdp, policy, num_steps=2, n=9, **options).final.tolist() == [[1, 1, 0]]
 
 
 def test_progress_is_told() -> None:

@@ -11,7 +11,7 @@ from trueup.mdp.estimation import StepSize
 from trueup.mdp.generators import CLIFF, grid_world, random_mdp
 from trueup.mdp.learning import Exploration, greedy_but, learn_action_values
 from trueup.mdp.planning import policy_iteration
-from trueup.mdp.policy_learning import actor_critic, reinforce
+from trueup.mdp.policy_learning import actor_critic, exact_returns, reinforce
 
 ENDLESS = random_mdp(1, num_states=3, num_actions=2, gamma=0.7, episodic=False)
 EPISODIC = random_mdp(3, num_states=4, num_actions=2, gamma=0.9, episodic=True)
@@ -38,12 +38,12 @@ def test_values_of_actions_converge(method, mdp: TabularMDP) -> None:
         mdp, method=method, num_steps=3_000, num_runs=100, exploration=STEADY, step_size=StepSize(power=0.7), seed=4
     )
     live = ~mdp.terminal
-    errors = found.q.std(0, ddof=1) / np.sqrt(100)
-    off = np.abs(found.q.mean(0) - truth)
+    errors = found.errors
+    off = np.abs(found.mean - truth)
     assert (off <= 4.5 * errors + 0.02 * np.abs(truth).max())[live].all()
     assert np.abs(soft_optimum(mdp, 0.3) - soft_optimum(mdp, 0.0))[live].max() > 0.04 * np.abs(truth).max()
-    assert not found.q[:, ~live].any()
-    np.testing.assert_array_equal(found.curve[-1], found.q)
+    assert not found.final[:, ~live].any()
+    assert found.distances(truth)[-1].mean() < found.distances(truth)[0].mean()
 
 
 def test_greedy_but() -> None:
@@ -70,7 +70,7 @@ def test_sarsa_keeps_away_from_the_cliff() -> None:
 
     def lowest_row(method) -> float:
         """Share of runs whose greedy way goes along the edge."""
-        q = learn_action_values(mdp, method=method, **options).q
+        q = learn_action_values(mdp, method=method, **options).final
         near = 0
         for run in q:
             cell, seen = 36, []
@@ -97,7 +97,7 @@ def test_q_learning_hopes_too_much_and_double_less() -> None:
 
     def hoped(method) -> float:
         options = {"num_steps": 800, "num_runs": 100, "exploration": Exploration(first=1.0, last=1.0)}
-        return learn_action_values(noisy, method=method, **options).q[:, 0].max(-1).mean()
+        return learn_action_values(noisy, method=method, **options).final[:, 0].max(-1).mean()
 
     assert hoped("q_learning") > hoped("double_q_learning") + 0.1
     assert hoped("q_learning") > 0.1
@@ -111,7 +111,7 @@ def test_reinforce_finds_the_best_policy(baseline) -> None:
     best = exact.expected_return(EPISODIC, policy_iteration(EPISODIC).policy)
     first = exact.expected_return(EPISODIC, np.full((4, 2), 0.5))
     found = reinforce(EPISODIC, num_updates=400, num_runs=6, baseline=baseline, num_looks=4, seed=1)
-    returns = found.returns(EPISODIC)
+    returns = exact_returns(EPISODIC, found)
     assert returns.shape == (4, 6)
     assert (returns[-1] > best - 0.1 * (best - first)).all()
     assert (returns[-1] <= best + 1e-12).all()
@@ -131,7 +131,7 @@ def test_a_baseline_lowers_the_spread_of_a_step() -> None:
         found = reinforce(
             generous, num_updates=1, num_runs=2000, episodes_per_update=4, baseline=baseline, learning_rate=0.1
         )
-        return np.log(found.policies[:, :3]).var(0).sum()
+        return np.log(found.final[:, :3]).var(0).sum()
 
     assert spread("mean") < 0.9 * spread("none")
 
@@ -155,7 +155,7 @@ def test_the_mean_step_is_the_gradient(discount_in_front: bool) -> None:
         learning_rate=rate,
         discount_in_front=discount_in_front,
     )
-    moved = np.log(found.policies)
+    moved = np.log(found.final)
     steps = (moved - moved.mean(-1, keepdims=True)) / rate  # softmax keeps logits but for a shift; steps add up to 0
     error = steps.std(0, ddof=1) / np.sqrt(num)
     assert (np.abs(steps.mean(0) - expected) <= 4.5 * error + 1e-3).all()
@@ -166,10 +166,10 @@ def test_actor_critic_finds_the_best_policy(mdp: TabularMDP) -> None:
     best = exact.expected_return(mdp, policy_iteration(mdp).policy)
     first = exact.expected_return(mdp, np.full((mdp.num_states, 2), 0.5))
     found = actor_critic(mdp, num_steps=3000, num_runs=6, learning_rate=0.4, num_looks=2, seed=1)
-    returns = found.returns(mdp)
+    returns = exact_returns(mdp, found)
     assert (returns[-1] > best - 0.1 * (best - first)).all()
     with_discount = actor_critic(mdp, num_steps=500, num_runs=6, learning_rate=0.4, discount_in_front=True, seed=1)
-    assert with_discount.returns(mdp)[-1].mean() > first
+    assert exact_returns(mdp, with_discount)[-1].mean() > first
 
 
 def test_endless_episodes_have_no_returns() -> None:

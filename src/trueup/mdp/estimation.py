@@ -107,30 +107,33 @@ class StepSize:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Learned:
-    """What R independent runs arrived at, and how they got there."""
+    """What R independent runs arrived at, and how they got there: values [S], values of actions or policies [S, A]."""
 
-    values: Float[np.ndarray, "r s"]
-    curve: Float[np.ndarray, "e r s"]
-    """Values at each of E looks, the last of them at the end."""
+    curve: Float[np.ndarray, "e r s ..."]
+    """What each run had at each of E looks, the last of them at the end."""
     steps: Int[np.ndarray, " e"]
-    """Steps that each run had made by then."""
+    """Steps (of ``reinforce``: updates) that each run had made by then."""
 
     @property
-    def mean(self) -> Float[np.ndarray, " s"]:
-        return self.values.mean(0)
+    def final(self) -> Float[np.ndarray, "r s ..."]:
+        return self.curve[-1]
 
     @property
-    def errors(self) -> Float[np.ndarray, " s"]:
+    def mean(self) -> Float[np.ndarray, "s ..."]:
+        return self.final.mean(0)
+
+    @property
+    def errors(self) -> Float[np.ndarray, "s ..."]:
         """Standard errors of the mean over runs."""
-        return self.values.std(0, ddof=1) / np.sqrt(len(self.values))
+        return self.final.std(0, ddof=1) / np.sqrt(len(self.final))
 
-    def distances(self, truth: Float[np.ndarray, " s"]) -> Float[np.ndarray, "e r"]:
-        """Root mean squared distance to the true values over states, at each look in each run."""
-        return np.sqrt(((self.curve - truth) ** 2).mean(-1))
+    def distances(self, truth: Float[np.ndarray, "s ..."]) -> Float[np.ndarray, "e r"]:
+        """Root mean squared distance to the truth, at each look in each run."""
+        return np.sqrt(((self.curve - truth) ** 2).reshape(*self.curve.shape[:2], -1).mean(-1))
 
 
 Look = Callable[[int, np.ndarray], None]
-"""Told at every look: steps made, and the values [R, S]."""
+"""Told at every look: steps made, and what the runs have, [R, S] or [R, S, A]."""
 
 
 def td_lambda(
@@ -177,7 +180,7 @@ def td_lambda(
             values[every, taken.states] += step_size.at(counts[every, taken.states]) * delta
         if looks.due(number):
             looks.take(values)
-    return looks.learned(values)
+    return looks.learned()
 
 
 def n_step_td(
@@ -225,7 +228,7 @@ def n_step_td(
         is_open[:, taken.terminated] = False
         if looks.due(number):
             looks.take(values)
-    return looks.learned(values)
+    return looks.learned()
 
 
 class Looks:
@@ -247,8 +250,8 @@ class Looks:
         if self.told is not None:
             self.told(int(self.at[len(self.curve) - 1]), self.curve[-1])
 
-    def learned(self, values: np.ndarray) -> Learned:
-        return Learned(values=values, curve=np.stack(self.curve), steps=self.at)
+    def learned(self) -> Learned:
+        return Learned(curve=np.stack(self.curve), steps=self.at)
 
 
 def tensor(array: np.ndarray) -> Tensor:

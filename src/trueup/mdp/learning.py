@@ -6,15 +6,14 @@ losses are those of ``trueup.objectives``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from trueup.errors import DataError
-from trueup.mdp.estimation import Looks, StepSize, tensor
+from trueup.mdp.estimation import Learned, Look, Looks, StepSize, tensor
 from trueup.mdp.sampling import Runs, Steps
 from trueup.mdp.tabular import TabularMDP
 from trueup.objectives.value import (
@@ -47,23 +46,6 @@ class Exploration:
         return self.first + done * (self.last - self.first)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class LearnedActions:
-    """What R independent runs arrived at, and how they got there."""
-
-    q: Float[np.ndarray, "r s a"]
-    """Values of actions."""
-    curve: Float[np.ndarray, "e r s a"]
-    """The same at each of E looks, the last of them at the end."""
-    steps: Int[np.ndarray, " e"]
-    """Steps that each run had made by then."""
-
-    @property
-    def policies(self) -> Int[np.ndarray, "r s"]:
-        """The greedy policy of each run."""
-        return self.q.argmax(-1)
-
-
 def learn_action_values(
     mdp: TabularMDP,
     *,
@@ -74,8 +56,8 @@ def learn_action_values(
     exploration: Exploration | None = None,
     num_looks: int = 50,
     seed: int = 0,
-    look: Callable[[int, np.ndarray], None] | None = None,
-) -> LearnedActions:
+    look: Look | None = None,
+) -> Learned:
     """Q from the steps of an ε-greedy policy that follows what it has learned so far.
 
         Q(s, a) ← Q(s, a) + α·(y − Q(s, a)),    y one of
@@ -113,7 +95,7 @@ def learn_action_values(
         actions = np.where(taken.terminated, begun, following)
         if looks.due(number):
             looks.take(tables.mean(0))
-    return LearnedActions(q=looks.curve[-1], curve=np.stack(looks.curve), steps=looks.at)
+    return looks.learned()
 
 
 def greedy_but(q: Float[np.ndarray, "r a"], epsilon: float, rng: np.random.Generator) -> Float[np.ndarray, "r a"]:

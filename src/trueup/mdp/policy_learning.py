@@ -6,16 +6,14 @@ A logit for each state and action, R independent runs side by side; losses are t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from trueup.errors import DataError
-from trueup.mdp.estimation import Looks, tensor
+from trueup.mdp.estimation import Learned, Look, Looks, tensor
 from trueup.mdp.exact import expected_return
 from trueup.mdp.sampling import Runs, Sampler, episodes
 from trueup.mdp.tabular import TabularMDP
@@ -27,22 +25,11 @@ from trueup.objectives.returns import discounted_returns, discounts_from, elapse
 from trueup.objectives.value import td_target
 
 Baseline = Literal["none", "mean", "value"]
-Look = Callable[[int, np.ndarray], None]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class LearnedPolicies:
-    """What R independent runs arrived at, and how they got there."""
-
-    policies: Float[np.ndarray, "r s a"]
-    curve: Float[np.ndarray, "e r s a"]
-    """The policies at each of E looks, the last of them at the end."""
-    steps: Int[np.ndarray, " e"]
-    """Updates that each run had made by then."""
-
-    def returns(self, mdp: TabularMDP) -> Float[np.ndarray, "e r"]:
-        """The exact return of every policy of the curve. Raises ``DataError`` as ``exact.values``."""
-        return np.array([[expected_return(mdp, policy) for policy in policies] for policies in self.curve])
+def exact_returns(mdp: TabularMDP, learned: Learned) -> Float[np.ndarray, "e r"]:
+    """The true return of every policy of the curve. Raises ``DataError`` as ``exact.values``."""
+    return np.array([[expected_return(mdp, policy) for policy in policies] for policies in learned.curve])
 
 
 def reinforce(
@@ -59,7 +46,7 @@ def reinforce(
     num_looks: int = 50,
     seed: int = 0,
     look: Look | None = None,
-) -> LearnedPolicies:
+) -> Learned:
     """REINFORCE on whole episodes, with what an action brought beyond a baseline.
 
         θ ← θ + α · mean over episodes of Σ_t γ^t · (G_t − b(s_t)) · ∇log π(a_t|s_t)
@@ -107,7 +94,7 @@ def reinforce(
             _move(values, np.broadcast_to(rows, paths.mask.shape), paths, returns.numpy(), baseline_step_size)
         if looks.due(number):
             looks.take(torch.softmax(logits.detach(), -1).numpy())
-    return LearnedPolicies(policies=looks.curve[-1], curve=np.stack(looks.curve), steps=looks.at)
+    return looks.learned()
 
 
 def _baseline(kind: Baseline, returns: np.ndarray, values: np.ndarray, group: int) -> np.ndarray:
@@ -142,7 +129,7 @@ def actor_critic(
     num_looks: int = 50,
     seed: int = 0,
     look: Look | None = None,
-) -> LearnedPolicies:
+) -> Learned:
     """One-step actor-critic: after every step, the critic's surprise moves both.
 
         δ = r + γ·V(s') − V(s),    V(s) += β·δ,    θ += α·γ^t·δ·∇log π(a|s)
@@ -170,4 +157,4 @@ def actor_critic(
         elapsed = np.where(taken.terminated, 1.0, elapsed * mdp.gamma)
         if looks.due(number):
             looks.take(torch.softmax(logits, -1).numpy())
-    return LearnedPolicies(policies=looks.curve[-1], curve=np.stack(looks.curve), steps=looks.at)
+    return looks.learned()
