@@ -36,7 +36,7 @@ def test_a_map(method: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_file_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mdp = garnet(0, num_states=30, num_actions=2, num_successors=3, gamma=0.9)
-    file, table = save_mdp(mdp, tmp_path / "process.npz"), tmp_path / "solved.csv"
+    file, table = save_mdp(mdp, tmp_path / "process.npz"), tmp_path / "new" / "solved.csv"
     assert main(["mdp", "solve", "--process", str(file), "--rows", "5", "--output", str(table)]) == 0
     printed = capsys.readouterr().out
     assert "… and 25 more states" in printed

@@ -52,6 +52,13 @@ def test_factors_are_taken_where_a_krylov_method_takes_too_long(monkeypatch: pyt
         solve_chain(steps, 0.999, right, method="krylov")
 
 
+@pytest.mark.parametrize("method", ["dense", "lu"])
+def test_what_has_no_single_solution_is_said(method: linear.Method) -> None:
+    loop = sparse.csr_array(np.eye(2)[[1, 0]])
+    with pytest.raises(DataError, match="no single solution"):
+        solve_chain(loop, 1.0, np.ones(2), method=method)
+
+
 def test_nothing_to_earn_is_worth_nothing() -> None:
     steps = CHAINS["random"]
     assert not solve_chain(steps, 0.9, np.zeros(steps.shape[0]), method="krylov").any()

@@ -169,6 +169,7 @@ def write_table(mdp: TabularMDP, values: np.ndarray, actions: np.ndarray | None,
     from trueup.mdp import exact
 
     q = exact.values_of_actions(mdp, values)
+    file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8", newline="") as opened:
         writer = csv.writer(opened)
         writer.writerow(["state", "value", "action", *(f"q_{action}" for action in range(mdp.num_actions))])

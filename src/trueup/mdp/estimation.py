@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trueup.errors import DataError
 from trueup.mdp.sampling import Runs
-from trueup.mdp.tabular import Policy, TabularMDP, check_policy
+from trueup.mdp.tabular import Policy, TabularMDP, check_choice, check_policy
 from trueup.mdp.trajectories import Trajectories
 from trueup.objectives.returns import discounted_returns, discounts_from
 from trueup.objectives.value import td_target
@@ -47,6 +47,7 @@ def monte_carlo(trajectories: Trajectories, gamma: float, num_states: int, *, vi
     episodes) where states recur, and its standard error, which takes visits for independent, is then too small.
     Raises ``DataError`` if an episode was cut off: its returns are unknown. Source: Sutton & Barto 2018, §5.1.
     """
+    check_choice("visits", visits, Visits)
     if trajectories.truncated.any():
         raise DataError(
             f"{int(trajectories.truncated.sum())} episodes were cut off at the horizon: their returns are unknown",
@@ -158,6 +159,7 @@ def td_lambda(
     Source: Sutton & Barto 2018, eq. 6.2 and §12.2; replacing traces: Singh & Sutton 1996.
     """
     check_policy(mdp, policy)
+    check_choice("traces", traces, Traces)
     if not 0 <= lambda_ <= 1:
         raise DataError(f"lambda is {lambda_}", way_out="choose it in [0, 1]")
     step_size = step_size or StepSize()

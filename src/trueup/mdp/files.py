@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from scipy import sparse
 from trueup.errors import DataError
 from trueup.mdp.outcomes import Outcomes
 from trueup.mdp.tabular import TabularMDP
+from trueup.runs.files import write_atomic
 
 ARRAYS = ("transitions", "rewards", "start", "terminal", "gamma")
 SPARSE = ("data", "indices", "indptr", "shape")
@@ -29,7 +31,9 @@ def save_mdp(mdp: TabularMDP, file: str | Path) -> Path:
     if file.suffix == ".npz":
         matrix = mdp.transitions
         parts = {f"transitions_{name}": getattr(matrix, name) for name in SPARSE}
-        np.savez_compressed(file, rewards=mdp.rewards, **parts, **rest)
+        content = io.BytesIO()
+        np.savez_compressed(content, rewards=mdp.rewards, **parts, **rest)
+        write_atomic(file, content.getvalue())
     elif file.suffix == ".json":
         rows = np.repeat(np.arange(mdp.transitions.shape[0]), np.diff(mdp.transitions.indptr))
         state, action = np.divmod(rows, mdp.num_actions)
@@ -37,9 +41,9 @@ def save_mdp(mdp: TabularMDP, file: str | Path) -> Path:
         outcomes = [
             dict(zip(OUTCOME, row, strict=True)) for row in zip(*(each.tolist() for each in columns), strict=True)
         ]
-        content = {name: np.asarray(value).tolist() for name, value in rest.items()}
-        content |= {"num_actions": mdp.num_actions, "outcomes": outcomes}
-        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        whole = {name: np.asarray(value).tolist() for name, value in rest.items()}
+        whole |= {"num_actions": mdp.num_actions, "outcomes": outcomes}
+        write_atomic(file, (json.dumps(whole, indent=1) + "\n").encode())
     else:
         raise DataError(f"unknown ending {file.suffix!r}", where=str(file), way_out="choose .npz or .json")
     return file

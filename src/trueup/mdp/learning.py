@@ -15,11 +15,10 @@ from jaxtyping import Float
 from trueup.errors import DataError
 from trueup.mdp.estimation import Learned, Look, Looks, StepSize, tensor
 from trueup.mdp.sampling import Runs, Steps
-from trueup.mdp.tabular import TabularMDP
+from trueup.mdp.tabular import TabularMDP, check_choice
 from trueup.objectives.value import (
     double_q_learning_target,
     expected_sarsa_target,
-    q_learning_target,
     sarsa_target,
 )
 
@@ -71,6 +70,7 @@ def learn_action_values(
     ``DataError`` for no steps, or if an episode can begin in a terminal state.
     Source: Sutton & Barto 2018, §6.4–6.7; ``trueup.objectives.value`` for each target's.
     """
+    check_choice("method", method, Method)
     step_size, exploration = step_size or StepSize(), exploration or Exploration()
     runs, every = Runs(mdp, num_runs, seed), np.arange(num_runs)
     rng = runs.sampler.rng
@@ -120,7 +120,6 @@ def _targets(
         return sarsa_target(rewards, discounts, next_q, tensor(following)).numpy()
     if method == "expected_sarsa":
         return expected_sarsa_target(rewards, discounts, next_q, tensor(probabilities)).numpy()
-    if method == "q_learning":
-        return q_learning_target(rewards, discounts, next_q).numpy()
-    other = tensor(tables[1 - updated, every, taken.next_states])
+    # The other of two tables, or the same if there is one: then it is Q-learning's target.
+    other = tensor(tables[updated - 1, every, taken.next_states])
     return double_q_learning_target(rewards, discounts, next_q, other).numpy()

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from trueup.errors import DataError
 from trueup.mdp.exact import state_values
-from trueup.mdp.tabular import Policy, as_probabilities
+from trueup.mdp.tabular import Policy, as_probabilities, check_choice
 from trueup.mdp.trajectories import Trajectories
 from trueup.objectives.divergence import prefix_ratio
 
@@ -57,6 +57,7 @@ def off_policy_value(
     an episode was cut off, unless the estimator is doubly_robust: ``q`` then stands for what came after.
     Source: Precup, Sutton & Singh 2000; doubly robust: Jiang & Li 2016, eq. 10, and Thomas & Brunskill 2016, §5.
     """
+    check_choice("estimator", estimator, Estimator)
     num_actions = max(each.shape[1] if each.ndim == 2 else int(each.max()) + 1 for each in (behaviour, target))
     done, wanted = (as_probabilities(policy, num_actions) for policy in (behaviour, target))
     if (where := np.argwhere((wanted > 0) & (done == 0))).size:

@@ -16,7 +16,7 @@ from trueup.errors import DataError
 from trueup.mdp.estimation import Learned, Look, Looks, tensor
 from trueup.mdp.exact import expected_return
 from trueup.mdp.sampling import Runs, Sampler, episodes
-from trueup.mdp.tabular import TabularMDP
+from trueup.mdp.tabular import TabularMDP, check_choice
 from trueup.mdp.trajectories import Trajectories
 from trueup.objectives.policy_gradient import reinforce as reinforce_loss
 from trueup.objectives.policy_gradient import reinforce_discounted
@@ -57,6 +57,7 @@ def reinforce(
     if an episode is cut off at ``horizon``: its returns are unknown.
     Source: Williams 1992; Sutton & Barto 2018, §13.3 and 13.4.
     """
+    check_choice("baseline", baseline, Baseline)
     sampler = Sampler(mdp, np.random.default_rng(seed))
     logits = torch.zeros(num_runs, mdp.num_states, mdp.num_actions, dtype=torch.float64, requires_grad=True)
     values = np.zeros((num_runs, mdp.num_states))

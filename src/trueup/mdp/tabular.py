@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -122,6 +122,12 @@ def check_policy(mdp: TabularMDP, policy: Policy) -> None:
         raise DataError(f"the policy's actions are {policy.dtype}", way_out="one whole number for each state")
     elif len(wrong := np.flatnonzero((policy < 0) | (policy >= mdp.num_actions))):
         raise DataError(f"there is no action {policy[wrong[0]]}", where=f"policy in state {wrong[0]}")
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Raise ``DataError`` unless ``value`` is one of a ``Literal`` type's."""
+    if value not in get_args(choices):
+        raise DataError(f"{name} is {value!r}", way_out=f"choose one of {', '.join(get_args(choices))}")
 
 
 def as_probabilities(policy: Policy, num_actions: int) -> Float[np.ndarray, "s a"]:
