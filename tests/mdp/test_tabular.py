@@ -7,8 +7,9 @@ import pytest
 from scipy import sparse
 
 from trueup.errors import DataError
-from trueup.mdp import TabularMDP, enumerate_trajectories, exact, planning
+from trueup.mdp import TabularMDP, enumerate_trajectories, exact, linear, planning
 from trueup.mdp.generators import random_mdp
+from trueup.mdp.tabular import check_choice
 
 
 def three_states(gamma: float = 0.5) -> TabularMDP:
@@ -229,3 +230,9 @@ def test_undiscounted_sums_over_endless_episodes_are_refused() -> None:
     assert exact.expected_return(loop, uniform(loop)) == pytest.approx(2)
     with pytest.raises(DataError, match="state 0"):
         exact.values(loop, np.array([[0.0, 1.0], [0.5, 0.5]]))
+
+
+def test_a_choice_that_there_is_not() -> None:
+    check_choice("method", "lu", linear.Method)
+    with pytest.raises(DataError, match=r"method is 'qr'\n  → choose one of auto, dense, lu, krylov"):
+        check_choice("method", "qr", linear.Method)
