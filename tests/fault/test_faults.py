@@ -577,7 +577,7 @@ def _(home: Home) -> list[str]:
 
 @fault("a full disk at a line of metrics", r"out/metrics\.jsonl: no room to write it\n  → free some space")
 def _(home: Home) -> list[str]:
-    home.patch.setattr("trueup.trainers.session.RunFolder.metrics", property(lambda folder: FullFile(folder.path)))
+    home.patch.setattr("trueup.runs.session.RunFolder.metrics", property(lambda folder: FullFile(folder.path)))
     return on("sft")
 
 
@@ -1150,7 +1150,7 @@ def test_a_tracker_that_fails_harms_no_online_run(home: Home):
             raise ConnectionError("no network")
 
     home.patch.setitem(TRACKERS, "tensorboard", Broken)
-    home.patch.setattr("trueup.trainers.session.require_trackers", lambda names: None)
+    home.patch.setattr("trueup.runs.session.require_trackers", lambda names: None)
     with pytest.warns(UserWarning, match="tensorboard is switched off, the run goes on without it"):
         assert run(online("--tracker", "tensorboard", "--quiet")) == 0
 

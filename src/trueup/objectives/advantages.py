@@ -168,27 +168,41 @@ def optimal_baseline(returns: Float[Tensor, "*batch"], squared_norms: Float[Tens
 
 
 class Statistics(NamedTuple):
-    """Count, mean and population variance of the scored entries of a batch, as scalars."""
+    """Count, mean and population variance of the scored entries of a batch: scalars, or one of each for every row."""
 
     count: Tensor
     mean: Tensor
     variance: Tensor
 
 
-def statistics_of(x: Float[Tensor, "*batch"], mask: Bool[Tensor, "*batch"] | None = None) -> Statistics:
-    """Count, mean and population variance of the scored entries.
+def statistics_of(
+    x: Float[Tensor, "*batch"], mask: Bool[Tensor, "*batch"] | None = None, *, dim: int | None = None
+) -> Statistics:
+    """Count, mean and population variance of the scored entries, of all of them or along ``dim``.
 
     Computed around the smallest entry, so that equal entries have that very mean and variance 0, without rounding.
-    Shapes: any, mask alike → three scalars. No entry scored: count 0, mean 0, variance 0.
+    Shapes: any, mask alike → three scalars; with ``dim`` that dimension has size 1. No entry scored: all three are 0.
     Raises ``ValueError`` if the shapes differ.
     """
     require_same_shape(x, mask=mask)
-    scored = x if mask is None else x[mask]
-    if scored.numel() == 0:
-        return Statistics(x.new_zeros(()), x.new_zeros(()), x.new_zeros(()))
-    lowest = scored.min()
-    mean = (scored - lowest).mean()
-    return Statistics(x.new_tensor(scored.numel()), lowest + mean, (scored - lowest - mean).square().mean())
+    if dim is None:
+        of_one_row = statistics_of(x.reshape(-1), None if mask is None else mask.reshape(-1), dim=0)
+        return Statistics(*(value.squeeze(0) for value in of_one_row))
+    if x.shape[dim] == 0:
+        nothing = x.sum(dim, keepdim=True)
+        return Statistics(nothing, nothing.clone(), nothing.clone())
+    if mask is None:
+        above = x - (lowest := x.amin(dim, keepdim=True))
+        mean = above.mean(dim, keepdim=True)
+        return Statistics(
+            torch.full_like(mean, x.shape[dim]), lowest + mean, (above - mean).square().mean(dim, keepdim=True)
+        )
+    count = mask.sum(dim, keepdim=True).to(x.dtype)
+    lowest = torch.where(mask, x, torch.inf).amin(dim, keepdim=True).where(count > 0, 0.0)
+    x = fill_masked(x, mask)
+    mean = fill_masked(x - lowest, mask).sum(dim, keepdim=True) / count.clamp(min=1)
+    squares = fill_masked((x - lowest - mean).square(), mask)
+    return Statistics(count, lowest + mean, squares.sum(dim, keepdim=True) / count.clamp(min=1))
 
 
 def merge_statistics(first: Statistics, second: Statistics) -> Statistics:

@@ -27,7 +27,7 @@ class RunProgress:
                 progress.step(num_tokens=4096, metrics={"loss": 1.2})
 
     ``done`` are steps of an earlier part of the run (resume): they are shown, and don't count for the speed.
-    ``quiet`` prints nothing. Where the output is no terminal, a plain line comes every ``seconds_between_lines``, and
+    ``unit``: what is counted in place of tokens. ``quiet`` prints nothing. Where the output is no terminal, a plain line comes every ``seconds_between_lines``, and
     one at the end. ``aside`` shows what is done between the steps (an evaluation): it takes no part in the time left.
     """
 
@@ -38,10 +38,11 @@ class RunProgress:
         title: str = "",
         done: int = 0,
         quiet: bool = False,
+        unit: str = "tok",
         seconds_between_lines: float = 10.0,
         console: Console | None = None,
     ) -> None:
-        self.num_steps, self.title, self.done, self.quiet = num_steps, title, done, quiet
+        self.num_steps, self.title, self.done, self.quiet, self.unit = num_steps, title, done, quiet, unit
         self._first = self._last_line_step = done
         self._console = console or Console(highlight=False)
         self._seconds_between_lines = seconds_between_lines
@@ -161,7 +162,7 @@ class RunProgress:
         parts = [
             f"step {self.done}/{self.num_steps}",
             *(f"{name} {value:.4g}" for name, value in self._metrics.items()),
-            f"{self.tokens_per_second:,.0f} tok/s",
+            f"{self.tokens_per_second:,.0f} {self.unit}/s" if self._num_tokens else "",
             f"{clock(self.elapsed)} elapsed",
             f"{clock(left)} left" if left is not None else "",
         ]

@@ -8,6 +8,7 @@ from typing import Literal
 
 from trueup.data.settings import TextSettings
 from trueup.errors import SettingsError
+from trueup.runs.record_settings import RecordSettings
 from trueup.runs.settings import ESCAPED, check_range, check_used
 
 PreferenceLoss = Literal[
@@ -82,7 +83,7 @@ class RunSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(TextSettings, RunSettings):
+class TrainSettings(RecordSettings, TextSettings, RunSettings):
     """What all loops share."""
 
     train_turns: Literal["all", "last"] = "all"
@@ -126,30 +127,17 @@ class TrainSettings(TextSettings, RunSettings):
     seed: int = 0
     """Seed of everything random."""
 
-    eval_every: int | None = None
-    """Evaluate every this many steps; always at step 0 and at the end, if there is held-out data."""
-    save_every: int | None = None
-    """Write a checkpoint every this many steps; always at the end."""
-    keep_checkpoints: int = 2
-    """Keep this many of the newest checkpoints."""
     num_samples: int = 4
     """Completions written to samples.jsonl at every evaluation, on fixed held-out prompts; 0 for none."""
     sample_tokens: int = 64
     """Most tokens in such a completion."""
-    resume: Literal["no", "auto", "yes"] = "no"
-    """Go on from the newest checkpoint in --output: auto if there is one, yes insists on it."""
-    tracker: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
-    """Send the metrics to these trackers too; each needs its package, trueup[NAME]. One that fails is switched off."""
-    tracker_project: str = "trueup"
-    """Project (MLflow: experiment) that a tracker files the run under."""
-    quiet: bool = False
-    """Show no progress."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        TextSettings.__post_init__(self)
+        RecordSettings.__post_init__(self)
         for name in ("num_epochs", "max_steps", "batch_size", "tokens_per_batch"):
             check_range(self, name, at_least=1)
-        for name in ("limit", "eval_every", "save_every", "keep_checkpoints", "max_skipped_steps", "sample_tokens"):
+        for name in ("limit", "max_skipped_steps", "sample_tokens"):
             check_range(self, name, at_least=1)
         check_range(self, "learning_rate", above=0, below=math.inf)
         for name in ("max_grad_norm", "lora_alpha"):
@@ -165,7 +153,6 @@ class TrainSettings(TextSettings, RunSettings):
         if self.eval_data and self.holdout:
             raise SettingsError("--eval-data is given already", where="--holdout", way_out="leave one of the two out")
         check_used(self, self.lora_rank > 0, "--lora-rank", "lora_alpha", "lora_dropout")
-        check_used(self, bool(self.tracker), "--tracker", "tracker_project")
         check_used(self, not self.streaming, "an end of the data: a stream goes by --max-steps", "num_epochs")
 
 

@@ -1,0 +1,55 @@
+"""Training an agent in an environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trueup.control.agent import Agent
+from trueup.control.environments import Environments, LocalEnvironments, make_environments
+from trueup.control.learner import ControlResult, Learner, RandomNumbers, Training
+from trueup.control.normalization import ObservationScale
+from trueup.control.on_policy import policy_network, train_on_policy
+from trueup.control.rollout import Collector
+from trueup.control.settings import MAY_CHANGE, ControlSettings
+from trueup.runs.interrupt import Interrupt
+from trueup.runs.lock import release
+from trueup.runs.seeds import seed_everything
+from trueup.runs.session import Session, open_folder
+
+
+def train(settings: ControlSettings, *, make: Callable[[], Any] | None = None) -> ControlResult:
+    """Train agents, one for each seed.
+
+    ``make`` makes an environment, in place of the name in the settings. Raises ``TrueupError`` for every mistake that
+    the user can mend, and ``KeyboardInterrupt`` after an interrupt, once the step is saved.
+    """
+
+    def environments(rows: int) -> Environments:
+        if make is not None:
+            return LocalEnvironments(make, rows)
+        return make_environments(settings.env, rows, settings.vectorization)
+
+    rows = environments(len(settings.seeds) * settings.num_envs)
+    try:
+        folder = open_folder(settings.output, settings, may_change=MAY_CHANGE)
+        seed_everything(settings.seeds[0])
+        session = Session(settings.algorithm, settings, folder, Interrupt())
+        network = policy_network(settings, rows)
+        scale = None
+        if settings.normalize_observations:
+            scale = ObservationScale(len(settings.seeds), rows.num_inputs, settings.observation_clip)
+        training = Training(
+            session=session,
+            collector=Collector(rows, list(settings.seeds), settings.num_envs),
+            learner=Learner(network, settings),
+            agent=Agent(settings.env, settings.algorithm, settings.seeds, rows.actions, network, scale),
+            random=RandomNumbers(settings.seeds),
+            make=environments,
+        )
+        train_on_policy(training)
+        return training.result()
+    finally:
+        rows.close()
+        release(Path(settings.output))
