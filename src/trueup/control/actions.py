@@ -47,6 +47,16 @@ class ActionSpace(Protocol):
 
     def kl(self, old: Parameters, new: Parameters) -> Tensor: ...
 
+    def derivatives(
+        self,
+        parameters: Parameters,
+        actions: Tensor,
+        by_logprobs: Tensor,
+        by_entropy: Tensor | None = None,
+        by_kl: Tensor | None = None,
+        old: Parameters = (),
+    ) -> tuple[Tensor, ...]: ...
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -115,6 +125,35 @@ class Choices:
             ]
         )
 
+    def derivatives(
+        self,
+        parameters: Parameters,
+        actions: Float[Tensor, "*batch k"],
+        by_logprobs: Float[Tensor, "*batch"],
+        by_entropy: Float[Tensor, "*batch"] | None = None,
+        by_kl: Float[Tensor, "*batch"] | None = None,
+        old: Parameters = (),
+    ) -> tuple[Tensor, ...]:
+        """From a loss's derivatives by log-probs, entropy and KL (of ``old`` from these) to those by the logits.
+
+        ∂log π(a)/∂z = 1_a − π,    ∂H/∂z = −π·(log π + H),    ∂KL(π_old‖π)/∂z = π − π_old
+        """
+        errors = torch.empty_like(parameters[0])
+        chosen = actions.long()
+        for index, part in enumerate(self.parts):
+            logs = torch.log_softmax(parameters[0][..., part], -1)
+            probabilities = logs.exp()
+            error = probabilities * -by_logprobs.unsqueeze(-1)
+            error.scatter_add_(-1, chosen[..., index : index + 1], by_logprobs.unsqueeze(-1))
+            if by_entropy is not None:
+                weighted = probabilities * logs
+                spread = weighted - probabilities * weighted.sum(-1, keepdim=True)
+                error -= by_entropy.unsqueeze(-1) * spread
+            if by_kl is not None:
+                error += by_kl.unsqueeze(-1) * (probabilities - torch.softmax(old[0][..., part], -1))
+            errors[..., part] = error
+        return (errors,)
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -173,6 +212,36 @@ class Gaussian:
         apart = ((mean - new_mean) * torch.exp(-new_log_std)).square()
         return (gap + 0.5 * (torch.exp(-2 * gap) + apart) - 0.5).sum(-1)
 
+    def derivatives(
+        self,
+        parameters: Parameters,
+        actions: Float[Tensor, "s b a"],
+        by_logprobs: Float[Tensor, "s b"],
+        by_entropy: Float[Tensor, "s b"] | None = None,
+        by_kl: Float[Tensor, "s b"] | None = None,
+        old: Parameters = (),
+    ) -> tuple[Tensor, ...]:
+        """From a loss's derivatives by log-probs, entropy and KL (of ``old`` from these) to those by μ and log σ.
+
+        ∂log π(a)/∂μ = z/σ,    ∂log π(a)/∂log σ = z² − 1,    z = (a − μ)/σ,    ∂H/∂log σ = 1
+        ∂KL(π_old‖π)/∂μ = (μ − μ_old)/σ²,    ∂KL(π_old‖π)/∂log σ = 1 − (σ_old² + (μ − μ_old)²)/σ²
+        """
+        mean, log_std = parameters
+        by_logprobs = by_logprobs.unsqueeze(-1)
+        inverse = torch.exp(-log_std)
+        scaled = (actions - mean) * inverse
+        by_mean = by_logprobs * scaled * inverse
+        by_log_std = (by_logprobs * (scaled * scaled - 1)).sum(-2, keepdim=True)
+        if by_entropy is not None:
+            by_log_std = by_log_std + by_entropy.unsqueeze(-1).sum(-2, keepdim=True)
+        if by_kl is not None:
+            old_mean, old_log_std = old
+            apart = (mean - old_mean) * inverse
+            by_mean = by_mean + by_kl.unsqueeze(-1) * apart * inverse
+            wide = torch.exp(2 * (old_log_std - log_std)) + apart * apart
+            by_log_std = by_log_std + (by_kl.unsqueeze(-1) * (1 - wide)).sum(-2, keepdim=True)
+        return by_mean, by_log_std
+
 
 def sum_of(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
@@ -188,4 +257,6 @@ def action_space(space: Any) -> ActionSpace:
         return Choices(tuple(map(int, space.nvec)), tuple(map(int, space.start)), single=False)
     if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
         return Gaussian(space.low.ravel(), space.high.ravel(), tuple(space.shape))
-    raise DataError(f"actions are {space}", way_out="Discrete, MultiDiscrete (one row) and Box of floats can be learned")
+    raise DataError(
+        f"actions are {space}", way_out="Discrete, MultiDiscrete (one row) and Box of floats can be learned"
+    )

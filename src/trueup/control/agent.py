@@ -43,7 +43,7 @@ class Agent:
     def save(self, folder: Path) -> None:
         """Write ``agent.safetensors`` and ``agent.json``."""
         network, actions = self.network, self.actions
-        tensors = {name: parameter.detach().clone() for name, parameter in network.parameters.items()}
+        tensors = {name: parameter.clone() for name, parameter in network.parameters.items()}
         if self.scale is not None:
             tensors |= {f"observations.{name}": tensor.clone() for name, tensor in self.scale.state().items()}
         save_file(tensors, folder / "agent.safetensors")
@@ -74,7 +74,9 @@ class Agent:
             return cls._of(record, tensors)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ModelError(
-                f"no agent can be read here: {error}", where=str(folder), way_out="a run folder of `trueup control train`"
+                f"no agent can be read here: {error}",
+                where=str(folder),
+                way_out="a run folder of `trueup control train`",
             ) from error
 
     @classmethod

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,15 @@ from scipy import stats
 from torch import Tensor
 
 from trueup.control.agent import Agent
-from trueup.control.environments import Environments, make_environments
+from trueup.control.environments import Environments
 from trueup.control.evaluation import evaluate
 from trueup.control.networks import Network
 from trueup.control.rollout import Collector
-from trueup.control.settings import MAY_CHANGE, ControlSettings
+from trueup.control.settings import ControlSettings
 from trueup.errors import NonFiniteError
 from trueup.runs.checkpoint import latest_checkpoint
 from trueup.runs.folder import read_metrics
-from trueup.runs.interrupt import Interrupt
-from trueup.runs.seeds import seed_everything
-from trueup.runs.session import Session, due, open_folder
+from trueup.runs.session import Session
 
 _LAST = 100
 """Episodes that the running return is the mean of."""
@@ -39,15 +36,13 @@ class Learner:
 
     def __init__(self, network: Network, settings: ControlSettings) -> None:
         self.network, self.settings = network, settings
-        whole = network.flat.detach().requires_grad_()
-        whole.grad = network.gradient
         if settings.optimizer == "adam":
             self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
-                [whole], settings.learning_rate, eps=settings.optimizer_eps, fused=True
+                [network.flat], settings.learning_rate, eps=settings.optimizer_eps, fused=True
             )
         else:
             self.optimizer = torch.optim.RMSprop(
-                [whole], settings.learning_rate, alpha=0.99, eps=settings.optimizer_eps
+                [network.flat], settings.learning_rate, alpha=0.99, eps=settings.optimizer_eps
             )
 
     def at(self, left: float) -> None:
@@ -59,10 +54,8 @@ class Learner:
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    def step(self, loss: Float[Tensor, ""]) -> None:
-        """Follow the gradient of the loss."""
-        self.network.gradient.zero_()
-        loss.backward()
+    def step(self) -> None:
+        """Follow the gradient that the network's backward pass has left."""
         if self.settings.max_grad_norm is not None:
             self.network.clip_gradient(self.settings.max_grad_norm)
         self.optimizer.step()
@@ -206,9 +199,7 @@ class Training:
 
     def after(self, before: int, step: int) -> None:
         """What comes after an update."""
-        self.session.after_step(
-            step, self.settings.total_steps, evaluate=self.evaluate, save=self.save, before=before
-        )
+        self.session.after_step(step, self.settings.total_steps, evaluate=self.evaluate, save=self.save, before=before)
 
     def result(self) -> ControlResult:
         checkpoint = latest_checkpoint(self.session.folder)

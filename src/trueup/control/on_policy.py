@@ -22,24 +22,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trueup.control.actions import ActionSpace, Parameters
-from trueup.control.agent import Agent
 from trueup.control.environments import Environments
-from trueup.control.learner import Learner, RandomNumbers, Training
-from trueup.control.networks import Head, Network
-from trueup.control.normalization import ObservationScale, RewardScale
+from trueup.control.learner import Training
+from trueup.control.networks import Head, Network, Passed
+from trueup.control.normalization import RewardScale
 from trueup.control.rollout import Rollout
 from trueup.control.settings import ControlSettings
+from trueup.objectives import derivatives
+from trueup.objectives import policy_gradient as objectives
 from trueup.objectives.advantages import gae, statistics_of, whiten
 from trueup.objectives.divergence import k3_of_old
-from trueup.objectives.policy_gradient import (
-    adapt_kl_penalty,
-    clipped,
-    clipped_surrogate,
-    kl_penalized_surrogate,
-    ratio,
-    reinforce,
-)
-from trueup.objectives.reduce import sequence_mean
 from trueup.objectives.returns import discounts_from
 from trueup.objectives.value import clipped_value_loss, explained_variance, value_loss
 
@@ -64,8 +56,21 @@ class Batch:
             lambda x: x.gather(1, places if x.dim() == 2 else places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         )
 
-    def part(self, steps: slice) -> Batch:
-        return self._each(lambda x: x[:, steps])
+    def split(self, num_parts: int) -> list[Batch]:
+        """As many equal parts, one after the other; what is left over goes to the last ones."""
+        bounds = np.linspace(0, self.returns.shape[1], num_parts + 1).astype(int)
+        return [
+            self._each(lambda x, start=start, length=end - start: x.narrow(1, start, length))
+            for start, end in zip(bounds.tolist(), bounds[1:].tolist(), strict=False)
+        ]
+
+    def normalized(self, num_parts: int) -> Batch:
+        """Advantages with mean 0 and spread 1, in each of the parts that ``split`` gives."""
+        parts = [
+            whiten(part.advantages, part.mask, statistics_of(part.advantages, part.mask, dim=1))
+            for part in self.split(num_parts)
+        ]
+        return replace(self, advantages=torch.cat(parts, 1))
 
     def _each(self, pick: Callable[[Tensor], Tensor]) -> Batch:
         """Every field but what is the same for all steps."""
@@ -98,25 +103,30 @@ def policy_network(settings: ControlSettings, environments: Environments) -> Net
     )
 
 
-def predict(network: Network, observations: Float[Tensor, "s m d"]) -> tuple[Parameters, Float[Tensor, "s m"]]:
+def predict(network: Network, passed: Passed) -> tuple[Parameters, Float[Tensor, "s m"]]:
     """Parameters of the policy's distributions, and values (0 without a value head)."""
-    outputs, *values = network.forward(observations)
-    parameters = (outputs, network.log_std) if "log_std" in network.parameters else (outputs,)
+    outputs, *values = map(torch.from_numpy, passed.outputs)
+    spread = network.parameters.get("log_std")
+    parameters = (outputs,) if spread is None else (outputs, spread)
     return parameters, values[0].squeeze(-1) if values else outputs.new_zeros(outputs.shape[:2])
 
 
-@torch.no_grad()
+def at(network: Network, observations: Float[Tensor, "s m d"]) -> tuple[Parameters, Float[Tensor, "s m"]]:
+    return predict(network, network.forward(observations.numpy()))
+
+
 def judge(
     rollout: Rollout, rewards: Float[Tensor, "s n t"], network: Network, actions: ActionSpace, settings: ControlSettings
 ) -> Batch:
     """Old log-probs, advantages and returns of a rollout's steps."""
     runs, number, steps = rewards.shape
     shape = runs, number, steps + 1
-    parameters, values = predict(network, rollout.observations.flatten(1, 2))
-    parameters = tuple(_without_last(x, shape) for x in parameters)
+    parameters, values = at(network, rollout.observations.flatten(1, 2))
+    # The spread is the network's own tensor, which learning changes.
+    parameters = tuple(_without_last(x, shape) if x.shape[1] > 1 else x.clone() for x in parameters)
     values = values.view(shape)
     # The final observations of all runs go through every run's network: there are few of them.
-    everywhere = predict(network, rollout.final_observations.expand(runs, -1, -1))[1]
+    everywhere = at(network, rollout.final_observations.expand(runs, -1, -1))[1]
     final_values = everywhere[rollout.final_places[0], torch.arange(everywhere.shape[1])]
     old_values = values[..., :-1]
     advantages = gae(
@@ -143,8 +153,8 @@ def judge(
 
 
 def _without_last(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """[S, N·(T+1), ·] → [S, N·T, ·]; what is the same for all steps stays as it is."""
-    return x if x.shape[1] == 1 else x.view(*shape, -1)[:, :, :-1].flatten(1, 2)
+    """[S, N·(T+1), ·] → [S, N·T, ·]"""
+    return x.view(*shape, -1)[:, :, :-1].flatten(1, 2)
 
 
 @dataclass
@@ -158,56 +168,87 @@ class Surrogate:
     """Part of the run that is still to come."""
 
     @property
+    def penalizes(self) -> bool:
+        """Whether the KL divergence from the old policy is part of the loss."""
+        return self.settings.surrogate in ("kl", "adaptive_kl")
+
+    @property
     def clip(self) -> float:
         return self.settings.clip * (self.left if self.settings.clip_schedule == "linear" else 1.0)
 
-    def policy_loss(self, batch: Batch, parameters: Parameters, advantages: Tensor) -> Float[Tensor, "s b"]:
-        logprobs = self.actions.logprobs(parameters, batch.actions)
+    def policy_loss(self, logprobs: Tensor, apart: Tensor, batch: Batch) -> Float[Tensor, "s b"]:
+        """Of every step; ``apart`` is KL[π_old, π]."""
         if self.settings.surrogate == "reinforce":
-            return reinforce(logprobs, advantages)
-        moved = ratio(logprobs, batch.old_logprobs)
+            return objectives.reinforce(logprobs, batch.advantages)
+        moved = objectives.ratio(logprobs, batch.old_logprobs)
         if self.settings.surrogate == "clip":
-            return clipped_surrogate(moved, advantages, clip_low=self.clip, clip_high=self.clip)
-        if self.settings.surrogate == "none":
-            return -moved * advantages
-        apart = self.actions.kl(batch.old_parameters, parameters)
-        return kl_penalized_surrogate(moved, advantages, apart, kl_coef=self.kl_coef)
+            return objectives.clipped_surrogate(moved, batch.advantages, clip_low=self.clip, clip_high=self.clip)
+        kl_coef = self.kl_coef if self.penalizes else 0.0
+        return objectives.kl_penalized_surrogate(moved, batch.advantages, apart, kl_coef=kl_coef)
 
-    def loss(self, batch: Batch, network: Network) -> Float[Tensor, ""]:
-        """Means over each run's minibatch, added up over the runs, which have no parameter in common."""
-        settings = self.settings
-        parameters, values = predict(network, batch.observations)
-        advantages = batch.advantages
-        if settings.normalize_advantages == "minibatch":
-            advantages = normalized(advantages, batch.mask)
-        loss = self.policy_loss(batch, parameters, advantages)
-        if settings.baseline:
-            loss = loss + settings.value_coef * self.value_loss(batch, values)
-        if settings.entropy_coef:
-            loss = loss - settings.entropy_coef * self.actions.entropy(parameters)
-        return sequence_mean(loss, batch.mask, denominator=1)
+    def policy_derivative(self, logprobs: Tensor, batch: Batch) -> Float[Tensor, "s b"]:
+        """Of ``policy_loss`` with respect to the log-probs; with respect to the KL it is ``kl_coef``."""
+        if self.settings.surrogate == "reinforce":
+            return derivatives.reinforce(batch.advantages)
+        moved = objectives.ratio(logprobs, batch.old_logprobs)
+        if self.settings.surrogate == "clip":
+            return derivatives.clipped_surrogate(moved, batch.advantages, clip_low=self.clip, clip_high=self.clip)
+        return derivatives.surrogate(moved, batch.advantages)
 
     def value_loss(self, batch: Batch, values: Float[Tensor, "s b"]) -> Float[Tensor, "s b"]:
         if self.settings.value_clip is None:
             return value_loss(values, batch.returns)
         return clipped_value_loss(values, batch.old_values, batch.returns, clip=self.settings.value_clip)
 
-    @torch.no_grad()
+    def value_derivative(self, batch: Batch, values: Float[Tensor, "s b"]) -> Float[Tensor, "s b"]:
+        if self.settings.value_clip is None:
+            return derivatives.value_loss(values, batch.returns)
+        return derivatives.clipped_value_loss(values, batch.old_values, batch.returns, clip=self.settings.value_clip)
+
+    def differentiate(self, batch: Batch, network: Network) -> None:
+        """Leave in the network the gradient of each run's mean loss over its minibatch:
+
+            policy_loss + c_v·value_loss − c_e·entropy
+
+        Runs have no parameter in common, so that the gradient of the sum over runs is each one's own.
+        """
+        settings = self.settings
+        passed = network.forward(batch.observations.numpy())
+        parameters, values = predict(network, passed)
+        logprobs = self.actions.logprobs(parameters, batch.actions)
+        share = (
+            1 / logprobs.shape[1] if batch.mask is None else batch.mask / batch.mask.sum(-1, keepdim=True).clamp(min=1)
+        )
+        everywhere = torch.ones_like(logprobs) * share
+        errors = self.actions.derivatives(
+            parameters,
+            batch.actions,
+            by_logprobs=self.policy_derivative(logprobs, batch) * share,
+            by_entropy=-settings.entropy_coef * everywhere if settings.entropy_coef else None,
+            by_kl=self.kl_coef * everywhere if self.penalizes else None,
+            old=batch.old_parameters,
+        )
+        by_outputs = [errors[0].numpy()]
+        if settings.baseline:
+            by_values = self.value_derivative(batch, values) * share * settings.value_coef
+            by_outputs.append(by_values.unsqueeze(-1).numpy())
+        network.backward(passed, by_outputs, errors[1].numpy() if len(errors) > 1 else None)
+
     def measure(self, batch: Batch, network: Network) -> dict[str, Float[Tensor, " s"]]:
         """What an update has done to each run: distances between the policies before and after, losses, entropy."""
-        parameters, values = predict(network, batch.observations)
+        parameters, values = at(network, batch.observations)
         logprobs = self.actions.logprobs(parameters, batch.actions)
-        moved = ratio(logprobs, batch.old_logprobs)
+        apart = self.actions.kl(batch.old_parameters, parameters)
         steps: dict[str, Tensor] = {
-            "policy_loss": self.policy_loss(batch, parameters, batch.advantages),
+            "policy_loss": self.policy_loss(logprobs, apart, batch),
             "entropy": self.actions.entropy(parameters),
-            "kl": self.actions.kl(batch.old_parameters, parameters),
+            "kl": apart,
             "approx_kl": k3_of_old(logprobs, batch.old_logprobs),
         }
         if self.settings.surrogate == "clip":
-            steps["clip_fraction"] = clipped(
-                moved, batch.advantages, clip_low=self.clip, clip_high=self.clip
-            ).to(moved.dtype)
+            moved = objectives.ratio(logprobs, batch.old_logprobs)
+            out = objectives.clipped(moved, batch.advantages, clip_low=self.clip, clip_high=self.clip)
+            steps["clip_fraction"] = out.to(moved.dtype)
         if self.settings.baseline:
             steps["value_loss"] = self.value_loss(batch, values)
         means = {name: _mean(x, batch.mask) for name, x in steps.items()}
@@ -216,7 +257,9 @@ class Surrogate:
                 [
                     explained_variance(*(x if mask is None else x[mask] for x in (old, returns)))
                     for old, returns, mask in zip(
-                        batch.old_values, batch.returns, batch.mask if batch.mask is not None else [None] * len(values),
+                        batch.old_values,
+                        batch.returns,
+                        batch.mask if batch.mask is not None else [None] * len(values),
                         strict=True,
                     )
                 ]
@@ -228,30 +271,23 @@ def _mean(x: Float[Tensor, "s m"], mask: Bool[Tensor, "s m"] | None) -> Float[Te
     return x.mean(-1) if mask is None else (x * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
-def normalized(advantages: Float[Tensor, "s m"], mask: Bool[Tensor, "s m"] | None) -> Float[Tensor, "s m"]:
-    """Mean 0 and spread 1 in each run."""
-    return whiten(advantages, mask, statistics_of(advantages, mask, dim=-1))
-
-
 def learn(training: Training, surrogate: Surrogate, batch: Batch) -> None:
     """Epochs of minibatches over one rollout, each run's in an order of its own."""
     settings, network = training.settings, training.agent.network
     if settings.normalize_advantages == "rollout":
-        batch = replace(batch, advantages=normalized(batch.advantages, batch.mask))
+        batch = batch.normalized(1)
     num_steps = batch.returns.shape[1]
     num_batches = max(1, num_steps // settings.minibatch_size) if settings.minibatch_size else 1
     for _ in range(settings.num_epochs):
-        if num_batches == 1:
-            training.learner.step(surrogate.loss(batch, network))
-        else:
-            order = torch.from_numpy(training.random.stack(lambda rng: rng.permutation(num_steps)))
-            shuffled = batch.at(order)
-            for part in np.array_split(np.arange(num_steps), num_batches):
-                training.learner.step(surrogate.loss(shuffled.part(slice(part[0], part[-1] + 1)), network))
-        if settings.kl_stop is not None:
-            moved = surrogate.measure(batch, network)["kl"]
-            if bool((moved > settings.kl_stop).any()):
-                break
+        order = torch.from_numpy(training.random.stack(lambda rng: rng.permutation(num_steps)))
+        shuffled = batch.at(order) if num_batches > 1 else batch
+        if settings.normalize_advantages == "minibatch":
+            shuffled = shuffled.normalized(num_batches)
+        for minibatch in shuffled.split(num_batches):
+            surrogate.differentiate(minibatch, network)
+            training.learner.step()
+        if settings.kl_stop is not None and bool((surrogate.measure(batch, network)["kl"] > settings.kl_stop).any()):
+            break
 
 
 def train_on_policy(training: Training) -> None:
@@ -293,8 +329,10 @@ def train_on_policy(training: Training) -> None:
             if settings.surrogate == "adaptive_kl":
                 moved = measured["kl"].tolist()
                 surrogate.kl_coef = torch.tensor(
-                    [[adapt_kl_penalty(beta, kl, settings.kl_target)]
-                     for beta, kl in zip(surrogate.kl_coef.flatten().tolist(), moved, strict=True)]
+                    [
+                        [objectives.adapt_kl_penalty(beta, kl, settings.kl_target)]
+                        for beta, kl in zip(surrogate.kl_coef.flatten().tolist(), moved, strict=True)
+                    ]
                 )
                 measured["kl_coef"] = surrogate.kl_coef.flatten()
             if agent.scale is not None:

@@ -120,7 +120,9 @@ class Collector:
     def begin(self) -> None:
         self.observations = self.environments.reset(self.seeds).reshape(*self.shape, -1)
 
-    def gather(self, num_steps: int, act: Acting, scale: Scale, noise: Noise, *, whole_episodes: bool = False) -> Rollout:
+    def gather(
+        self, num_steps: int, act: Acting, scale: Scale, noise: Noise, *, whole_episodes: bool = False
+    ) -> Rollout:
         """T = ``num_steps`` steps; or, with ``whole_episodes``, one episode in every environment, cut off at T steps.
 
         ``scale`` makes what the policy sees of what the environment shows.

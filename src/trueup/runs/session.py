@@ -131,9 +131,7 @@ def open_folder(path: str, settings: RecordSettings, *, may_change: Iterable[str
     """
     require_trackers(settings.tracker)
     if settings.resume == "yes" and latest_checkpoint(Path(path)) is None:
-        raise CheckpointError(
-            "there is no checkpoint to resume", where=path, way_out="--resume auto starts anew then"
-        )
+        raise CheckpointError("there is no checkpoint to resume", where=path, way_out="--resume auto starts anew then")
     return RunFolder.create(path, settings, resume=settings.resume != "no", may_change=may_change)
 
 
