@@ -31,6 +31,8 @@ class Command:
     """The function that makes the preset from the flags, for a command that has one."""
     notes: str | None = None
     """The function that says more under --help."""
+    first: str | None = None
+    """The setting that a first word without a flag is for."""
 
 
 COMMANDS = {
@@ -102,6 +104,20 @@ COMMANDS = {
     "mdp solve": Command(
         "Values and the best policy of a known tabular process", "trueup.cli.mdp", "SolveSettings", "solve"
     ),
+    "control train": Command(
+        "Train an agent in a Gymnasium environment: PPO, A2C, REINFORCE, DQN",
+        "trueup.cli.control",
+        "ControlSettings",
+        "train",
+        defaults="train_defaults",
+        first="env",
+    ),
+    "control eval": Command(
+        "Play episodes with a trained agent", "trueup.cli.control", "EvalSettings", "evaluate", first="run"
+    ),
+    "control watch": Command(
+        "Make a video of a trained agent", "trueup.cli.control", "WatchSettings", "watch", first="run"
+    ),
     "cache": Command("List what is kept between runs, or remove it", "trueup.cli.cache", "CacheSettings", "cache"),
 }
 
@@ -164,7 +180,10 @@ def _dispatch(argv: list[str]) -> int:
 def _run(name: str, argv: list[str]) -> None:
     command = COMMANDS[name]
     module = import_module(command.module)
-    from trueup.runs.settings import parse
+    from trueup.runs.settings import flag_name, parse
+
+    if command.first and argv and not argv[0].startswith("-"):
+        argv = [flag_name(command.first), *argv]
 
     default = getattr(module, command.defaults)(argv) if command.defaults else None
     summary = f"{command.summary}.{getattr(module, command.notes)() if command.notes else ''}"

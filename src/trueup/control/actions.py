@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,39 +23,6 @@ from trueup.errors import DataError
 from trueup.objectives.divergence import categorical_kl
 
 Parameters = tuple[Tensor, ...]
-
-
-class ActionSpace(Protocol):
-    """What a policy needs to know of the actions."""
-
-    num_outputs: int
-    """Numbers that a network puts out for each state."""
-    size: int
-    """Numbers that an action is stored as."""
-    has_spread: bool
-    """Whether a learned log standard deviation [S, 1, A] stands beside the outputs."""
-
-    def noise(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray: ...
-
-    def act(self, outputs: np.ndarray, noise: np.ndarray | None, log_std: np.ndarray | None) -> np.ndarray: ...
-
-    def for_environment(self, actions: np.ndarray) -> np.ndarray: ...
-
-    def logprobs(self, parameters: Parameters, actions: Tensor) -> Tensor: ...
-
-    def entropy(self, parameters: Parameters) -> Tensor: ...
-
-    def kl(self, old: Parameters, new: Parameters) -> Tensor: ...
-
-    def derivatives(
-        self,
-        parameters: Parameters,
-        actions: Tensor,
-        by_logprobs: Tensor,
-        by_entropy: Tensor | None = None,
-        by_kl: Tensor | None = None,
-        old: Parameters = (),
-    ) -> tuple[Tensor, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -241,6 +208,9 @@ class Gaussian:
             wide = torch.exp(2 * (old_log_std - log_std)) + apart * apart
             by_log_std = by_log_std + (by_kl.unsqueeze(-1) * (1 - wide)).sum(-2, keepdim=True)
         return by_mean, by_log_std
+
+
+ActionSpace = Choices | Gaussian
 
 
 def sum_of(parts: list[Tensor]) -> Tensor:

@@ -126,11 +126,12 @@ class Training:
             self.random.restore(state["random"])
             if self.agent.scale is not None:
                 self.agent.scale.restore(state["observations"])
-            if not self.collector.restore(state["collector"]):
+            resumed = self.collector.restore(state["collector"])
+            if not resumed:
                 self.session.say("these environments can't be brought back to where they were: new episodes begin")
             self.recent = [deque(returns, _LAST) for returns in state["recent"]]
             self.num_episodes = state["num_episodes"]
-            take_over(state["own"])
+            take_over({**state["own"], "resumed": resumed})
 
         self.recent = [deque(maxlen=_LAST) for _ in self.settings.seeds]
         step = self.session.go_on(take)

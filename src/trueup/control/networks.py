@@ -4,14 +4,15 @@ A ``Network`` has trunks (hidden layers) and heads (an output layer each, on one
 trunk of their own each, computed together. All parameters are views into one flat vector: for autograd, clipping and
 the optimiser a network is a single tensor.
 
-At these sizes the calls are the cost, not the numbers. So forward and backward pass are written out in NumPy, which calls
-the same products with less around them, and has a tanh that is several times as fast as PyTorch's.
+At these sizes the calls are the cost, not the numbers. So forward and backward pass are written out in NumPy, which
+calls the same products with less around them, and has a tanh that is several times as fast as PyTorch's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -60,13 +61,14 @@ class Network:
         log_std: float = 0.0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.num_runs, self.heads, self.activation = len(seeds), tuple(heads), activation
+        self.num_runs, self.heads = len(seeds), tuple(heads)
+        self.activation: Activation = activation
         self.num_inputs, self.hidden = num_inputs, tuple(hidden)
         self.num_trunks = 1 + max(head.trunk for head in heads)
         widths = (num_inputs, *hidden)
         trunk, runs = self.num_trunks * self.num_runs, self.num_runs
         shapes: dict[str, tuple[int, ...]] = {}
-        for layer, (width, following) in enumerate(zip(widths, widths[1:], strict=False)):
+        for layer, (width, following) in enumerate(pairwise(widths)):
             shapes[f"trunk.{layer}.weight"] = (trunk, width, following)
             shapes[f"trunk.{layer}.bias"] = (trunk, 1, following)
         for number, head in enumerate(heads):
@@ -105,6 +107,20 @@ class Network:
                     torch.nn.init.orthogonal_(matrix.T, gain, generator=generator)
         if "log_std" in self.parameters:
             self.parameters["log_std"].fill_(log_std)
+
+    def copy(self) -> Network:
+        """Another network with the same parameters now."""
+        other = Network(
+            range(self.num_runs),
+            self.num_inputs,
+            self.heads,
+            hidden=self.hidden,
+            activation=self.activation,
+            spread=self.parameters["log_std"].shape[-1] if "log_std" in self.parameters else 0,
+            dtype=self.flat.dtype,
+        )
+        other.flat.copy_(self.flat)
+        return other
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over parameters by name. Raises ``KeyError`` or ``RuntimeError`` where they don't fit."""

@@ -120,6 +120,13 @@ class Collector:
     def begin(self) -> None:
         self.observations = self.environments.reset(self.seeds).reshape(*self.shape, -1)
 
+    def step(self, actions: np.ndarray, active: np.ndarray | None = None) -> Step:
+        """One step of all environments, or of those that are ``active``: [R, A] → R rows."""
+        step = self.environments.step(actions, active)
+        self.episodes.add(step)
+        self.observations = step.observations.reshape(*self.shape, -1)
+        return step
+
     def gather(
         self, num_steps: int, act: Acting, scale: Scale, noise: Noise, *, whole_episodes: bool = False
     ) -> Rollout:
@@ -140,11 +147,9 @@ class Collector:
             raw.append(self.observations)
             seen.append(scale(self.observations))
             actions.append(act(seen[-1], drawn[time % len(drawn)]))
-            step = self.environments.step(actions[-1].reshape(runs * number, -1), active)
+            step = self.step(actions[-1].reshape(runs * number, -1), active)
             steps.append(step)
             finals += [(row, time, observation) for row, observation in step.final_observations.items()]
-            self.episodes.add(step)
-            self.observations = step.observations.reshape(runs, number, -1)
             if active is not None:
                 active = active & ~(step.terminated | step.truncated)
                 if not active.any():

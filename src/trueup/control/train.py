@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trueup.control.agent import Agent
+from trueup.control.dqn import train_dqn, value_network
 from trueup.control.environments import Environments, LocalEnvironments, make_environments
 from trueup.control.learner import ControlResult, Learner, RandomNumbers, Training
 from trueup.control.normalization import ObservationScale
@@ -36,7 +37,8 @@ def train(settings: ControlSettings, *, make: Callable[[], Any] | None = None) -
         folder = open_folder(settings.output, settings, may_change=MAY_CHANGE)
         seed_everything(settings.seeds[0])
         session = Session(settings.algorithm, settings, folder, Interrupt())
-        network = policy_network(settings, rows)
+        build, learn = (value_network, train_dqn) if settings.algorithm == "dqn" else (policy_network, train_on_policy)
+        network = build(settings, rows)
         scale = None
         if settings.normalize_observations:
             scale = ObservationScale(len(settings.seeds), rows.num_inputs, settings.observation_clip)
@@ -48,7 +50,7 @@ def train(settings: ControlSettings, *, make: Callable[[], Any] | None = None) -
             random=RandomNumbers(settings.seeds),
             make=environments,
         )
-        train_on_policy(training)
+        learn(training)
         return training.result()
     finally:
         rows.close()

@@ -7,7 +7,6 @@ Where two branches of a loss are equally large they agree on the derivative, exc
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 

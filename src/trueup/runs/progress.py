@@ -27,8 +27,9 @@ class RunProgress:
                 progress.step(num_tokens=4096, metrics={"loss": 1.2})
 
     ``done`` are steps of an earlier part of the run (resume): they are shown, and don't count for the speed.
-    ``unit``: what is counted in place of tokens. ``quiet`` prints nothing. Where the output is no terminal, a plain line comes every ``seconds_between_lines``, and
-    one at the end. ``aside`` shows what is done between the steps (an evaluation): it takes no part in the time left.
+    ``unit``: what is counted in place of tokens. ``quiet`` prints nothing. Where the output is no terminal, a plain
+    line comes every ``seconds_between_lines``, and one at the end. ``aside`` shows what is done between the steps (an
+    evaluation): it takes no part in the time left.
     """
 
     def __init__(

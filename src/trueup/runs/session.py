@@ -111,8 +111,8 @@ class Session(Generic[Given]):
     ) -> None:
         """What comes after each step: evaluate and save where it is time, and stop where the user wants it.
 
-        ``before``: the number of the last step, where it isn't the one before ``done``. Raises ``KeyboardInterrupt`` after an interrupt, once the step
-        is saved.
+        ``before``: the number of the last step, where it isn't the one before ``done``. Raises ``KeyboardInterrupt``
+        after an interrupt, once the step is saved.
         """
         last = done == num_steps
         if last or due(done, self.settings.eval_every, before):
