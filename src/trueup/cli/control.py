@@ -153,7 +153,8 @@ def watch(settings: WatchSettings) -> None:
     output = Path(settings.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f".{output.stem}.part{output.suffix}")
-    arguments: dict[str, Any] = {"fps": rate} if output.suffix == ".mp4" else {"duration": 1000 / rate, "loop": 0}
+    even = {"fps": rate, "macro_block_size": 2}  # video formats want an even number of pixels
+    arguments: dict[str, Any] = even if output.suffix == ".mp4" else {"duration": 1000 / rate, "loop": 0}
     with imageio.get_writer(aside, **arguments) as video:
         for episode in range(settings.episodes):
             observation = environment.reset(seed=settings.seed + episode)[0]

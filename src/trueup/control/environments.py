@@ -65,9 +65,9 @@ class Environments(Protocol):
 class LocalEnvironments:
     """Gymnasium environments in this process, one after the other: the fastest way for those that step in microseconds.
 
-    A row whose episode ends is reset in the same step. The state is the random generator at the start of each row's
-    episode and the actions since: playing them again leads to the same state, in every environment that draws from its
-    ``np_random`` only, as Gymnasium asks for.
+    A row whose episode ends is reset in the same step. The state is the seed, or the random generator, that each row's
+    episode began with, and the actions since: playing them again leads to the same state, in every environment that
+    draws from its ``np_random`` only, as Gymnasium asks for.
     """
 
     def __init__(self, make: Callable[[], Any], num_rows: int) -> None:
@@ -83,8 +83,7 @@ class LocalEnvironments:
     def reset(self, seeds: Sequence[int]) -> np.ndarray:
         """Begin an episode in every row, each with the random numbers of its seed."""
         for row, seed in enumerate(seeds):
-            self.environments[row].reset(seed=int(seed))
-            self._observations[row] = self._begin(row)
+            self._observations[row] = self._begin(row, int(seed))
         return self._observations.copy()
 
     def step(self, actions: np.ndarray, active: np.ndarray | None = None) -> Step:
@@ -118,9 +117,13 @@ class LocalEnvironments:
     def restore(self, state: Mapping[str, Any]) -> np.ndarray:
         """Play every row's episode again. Raises ``CheckpointError`` where that leads to another observation."""
         for row, environment in enumerate(self.environments):
-            environment.reset(seed=0)  # makes the generator that is then set
-            environment.unwrapped.np_random.bit_generator.state = json.loads(state["began"][row])
-            observation = self._begin(row)
+            began = json.loads(state["began"][row])
+            if isinstance(began, int):
+                observation = self._begin(row, began)
+            else:
+                environment.reset(seed=0)  # makes the generator that is then set
+                environment.unwrapped.np_random.bit_generator.state = began
+                observation = self._begin(row)
             for action in state["since"][row].numpy():
                 self._since[row].append(action)
                 observation = environment.step(action)[0]
@@ -136,11 +139,12 @@ class LocalEnvironments:
         for environment in self.environments:
             environment.close()
 
-    def _begin(self, row: int) -> np.ndarray:
+    def _begin(self, row: int, seed: int | None = None) -> np.ndarray:
         environment = self.environments[row]
-        self._began[row] = json.dumps(environment.unwrapped.np_random.bit_generator.state)
+        began = environment.unwrapped.np_random.bit_generator.state if seed is None else seed
+        self._began[row] = json.dumps(began)
         self._since[row] = []
-        return as_row(environment.reset()[0])
+        return as_row(environment.reset(seed=seed)[0])
 
 
 class VectorEnvironments:
@@ -164,8 +168,15 @@ class VectorEnvironments:
         self._ended = np.zeros(self.num_rows, bool)
 
     def reset(self, seeds: Sequence[int]) -> np.ndarray:
+        """Begin an episode in every row. An environment that is vectorised by itself may know one seed only: the first."""
         self._ended[:] = False
-        return self._rows(self.vector.reset(seed=[int(seed) for seed in seeds])[0])
+        numbers = [int(seed) for seed in seeds]
+        gymnasium = require_extra("gymnasium", "control")
+        try:
+            observations, _ = self.vector.reset(seed=numbers)
+        except gymnasium.error.Error:
+            observations, _ = self.vector.reset(seed=numbers[0])
+        return self._rows(observations)
 
     def step(self, actions: np.ndarray, active: np.ndarray | None = None) -> Step:
         """Step all rows; of those that aren't ``active`` nothing is said."""
