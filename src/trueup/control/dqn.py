@@ -2,7 +2,7 @@
 
     for each round of steps:
         act: a random action with probability ε, else argmax_a Q(s, a); keep what happened
-        draw transitions (s, a, r, d, s') and minimise  w·huber(Q(s, a) − y),    y = r + d·Q⁻(s', a*)
+        draw transitions (s, a, r, d, s') and minimise  w·½(Q(s, a) − y)²,    y = r + d·Q⁻(s', a*)
         every so often Q⁻ ← Q
 
 a* is the action that Q⁻ finds best, or with ``double`` the one that Q finds best (van Hasselt et al. 2016, arXiv
@@ -27,7 +27,7 @@ from trueup.control.replay import Priorities, Replay, Spans, following_observati
 from trueup.control.settings import ControlSettings
 from trueup.errors import SettingsError
 from trueup.objectives import derivatives
-from trueup.objectives.value import double_q_learning_target, huber_value_loss
+from trueup.objectives.value import double_q_learning_target, value_loss
 
 
 def value_network(settings: ControlSettings, environments: Environments) -> Network:
@@ -40,7 +40,7 @@ def value_network(settings: ControlSettings, environments: Environments) -> Netw
         raise SettingsError(
             "dqn needs one choice among a few actions (Discrete)", where="--algorithm", way_out="--algorithm ppo"
         )
-    heads = [Head(0, actions.num_outputs, 1.0)]
+    heads = [Head(0, actions.num_outputs, 0.1)]
     if settings.duelling:
         heads.append(Head(0, 1, 1.0))
     return Network(
@@ -134,7 +134,10 @@ def train_dqn(training: Training) -> None:
         passed = network.forward(batch.observations)
         values = action_values(passed.outputs)
         taken = torch.from_numpy(np.take_along_axis(values, batch.actions[..., None], -1)[..., 0])
-        by_taken = derivatives.huber_value_loss(taken, targets).numpy() * weights / settings.minibatch_size
+        by_taken = derivatives.value_loss(taken, targets)
+        if settings.huber_delta is not None:
+            by_taken = derivatives.huber_value_loss(taken, targets, delta=settings.huber_delta)
+        by_taken = by_taken.numpy() * weights / settings.minibatch_size
         by_values = np.zeros_like(values)
         np.put_along_axis(by_values, batch.actions[..., None], by_taken[..., None].astype(values.dtype), -1)
         network.backward(passed, by_heads(by_values, len(network.heads)))
@@ -142,7 +145,7 @@ def train_dqn(training: Training) -> None:
         if priorities is not None:
             priorities.change(places, (targets - taken).numpy())
         return {
-            "value_loss": huber_value_loss(taken, targets).mean(-1),
+            "value_loss": value_loss(taken, targets).mean(-1),
             "q_value": taken.mean(-1),
             "td_error": (targets - taken).abs().mean(-1),
         }

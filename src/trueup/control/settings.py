@@ -121,6 +121,9 @@ class ControlSettings(RecordSettings, Task):
     """The network chooses the best next action, its older copy says what it is worth (dqn)."""
     duelling: bool = False
     """Values and advantages as two heads of the network (dqn)."""
+    huber_delta: float | None = None
+    """Error from which on a target's pull no longer grows; None: the squared error, whose minimum is the mean of the
+    targets. With a bound the values are off where targets are skewed, and can run away (dqn)."""
     n_step: int = 1
     """Rewards in a target before the value behind them (dqn)."""
     prioritized: bool = False
@@ -152,7 +155,7 @@ class ControlSettings(RecordSettings, Task):
         check_range(self, "learning_rate", above=0, below=math.inf)
         for name in (
             *("max_grad_norm", "kl_target", "kl_stop", "observation_clip", "reward_clip", "optimizer_eps"),
-            "clip",
+            *("clip", "huber_delta"),
         ):
             check_range(self, name, above=0)
         for name in (
@@ -174,6 +177,7 @@ class ControlSettings(RecordSettings, Task):
             "--algorithm dqn",
             *("buffer_size", "learning_starts", "train_every", "updates_per_round", "target_every"),
             *("exploration_first", "exploration_last", "exploration_share", "double", "duelling", "n_step"),
+            "huber_delta",
             *("prioritized", "priority_alpha", "priority_beta"),
         )
         if self.algorithm in ("reinforce", "a2c") and self.surrogate != "reinforce":
