@@ -50,6 +50,8 @@ class Environments(Protocol):
     num_inputs: int
     """Numbers in an observation."""
     actions: ActionSpace
+    waits: bool
+    """Whether a row that isn't active stays where it is, at the start of its next episode."""
 
     def reset(self, seeds: Sequence[int]) -> np.ndarray: ...
 
@@ -69,6 +71,8 @@ class LocalEnvironments:
     episode began with, and the actions since: playing them again leads to the same state, in every environment that
     draws from its ``np_random`` only, as Gymnasium asks for.
     """
+
+    waits = True
 
     def __init__(self, make: Callable[[], Any], num_rows: int) -> None:
         self.environments = [flat(make()) for _ in range(num_rows)]
@@ -152,6 +156,8 @@ class VectorEnvironments:
 
     Its state can't be saved: a run that is resumed begins new episodes.
     """
+
+    waits = False
 
     def __init__(self, vector: Any) -> None:
         from gymnasium import spaces

@@ -79,13 +79,11 @@ ENVIRONMENTS: dict[tuple[str, str], dict[str, Any]] = {
     ("dqn", "CartPole"): {
         "total_steps": 100_000,
         "learning_rate": 1e-3,
-        "hidden": (128, 128),
+        "lr_schedule": "linear",
         "minibatch_size": 64,
-        "train_every": 2,
-        "target_every": 200,
+        "n_step": 3,
         "exploration_last": 0.04,
         "exploration_share": 0.16,
-        "lr_schedule": "linear",
     },
     ("dqn", "LunarLander"): {
         "total_steps": 300_000,

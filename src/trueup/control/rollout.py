@@ -136,7 +136,7 @@ class Collector:
         """
         runs, number = self.shape
         active = np.ones(runs * number, bool) if whole_episodes else None
-        if whole_episodes and self.episodes.lengths.any():
+        if whole_episodes and (self.episodes.lengths.any() or not self.environments.waits):
             self.begin_anew()
         raw, seen, actions, steps = [], [], [], []
         finals: list[tuple[int, int, np.ndarray]] = []  # row, time, what its episode ended with

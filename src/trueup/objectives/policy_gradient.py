@@ -183,7 +183,7 @@ def kl_penalized_surrogate(
     advantages: Float[Tensor, "*batch"],
     kl: Float[Tensor, "*batch"],
     *,
-    kl_coef: Scalar,
+    kl_coef: Scalar | Float[Tensor, "*#batch"],
 ) -> Float[Tensor, "*batch"]:
     """PPO's other surrogate: the unclipped one, with a penalty on the distance to the policy that sampled.
 
@@ -191,7 +191,7 @@ def kl_penalized_surrogate(
 
     ``kl`` per step with its gradient, exact from ``divergence.categorical_kl`` (old policy first). β stays fixed, or
     moves with ``adapt_kl_penalty``. On-policy the KL's gradient is 0, so the gradient is that of REINFORCE.
-    Shapes: [...], alike. Raises ``ValueError`` if they differ.
+    Shapes: [...], alike; β one number, or one for each run or step (broadcast). Raises ``ValueError`` if they differ.
     Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 8.
     """
     require_same_shape(ratio, advantages=advantages, kl=kl)
