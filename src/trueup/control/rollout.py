@@ -97,10 +97,15 @@ class Episodes:
         return ended
 
     def state(self) -> dict[str, Any]:
-        return {"returns": torch.from_numpy(self.returns), "lengths": torch.from_numpy(self.lengths)}
+        return {
+            "returns": torch.from_numpy(self.returns.copy()),
+            "lengths": torch.from_numpy(self.lengths.copy()),
+            "ended": [list(episode) for episode in self.ended],
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.returns, self.lengths = state["returns"].numpy(), state["lengths"].numpy()
+        self.ended = [(run, total, length) for run, total, length in state["ended"]]
 
 
 class Collector:
