@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trueup.control.dqn import action_values, by_heads, exploration
+from trueup.control.agent import Agent
+from trueup.control.dqn import action_values
 from trueup.control.presets import preset
 from trueup.control.settings import ControlSettings
 from trueup.control.train import train
-from trueup.control.agent import Agent
 from trueup.mdp import exact, planning
 from trueup.mdp.generators import garnet
 

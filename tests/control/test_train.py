@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 from trueup.control.agent import Agent
 from trueup.control.environments import make_environments
 from trueup.control.evaluation import evaluate
+from trueup.control.learner import Training
+from trueup.control.on_policy import policy_network
 from trueup.control.presets import preset
 from trueup.control.settings import ControlSettings
 from trueup.control.train import train
@@ -20,7 +23,13 @@ from trueup.errors import CheckpointError, DataError, NonFiniteError, SettingsEr
 from trueup.runs.folder import read_metrics
 
 SHORT: dict[str, dict[str, Any]] = {
-    "ppo": {"num_envs": 2, "rollout_steps": 64, "num_epochs": 2, "normalize_rewards": True, "normalize_observations": True},
+    "ppo": {
+        "num_envs": 2,
+        "rollout_steps": 64,
+        "num_epochs": 2,
+        "normalize_rewards": True,
+        "normalize_observations": True,
+    },
     "a2c": {"num_envs": 4, "rollout_steps": 8},
     "reinforce": {"num_envs": 2},
     "dqn": {"learning_starts": 100, "prioritized": True, "n_step": 2, "duelling": True, "target_every": 50},
@@ -42,14 +51,13 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("algorithm", SHORT)
-def test_a_run_that_was_stopped_goes_on_exactly(algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_stopped_goes_on_exactly(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stopped twice, in the middle of episodes, by a signal: the same lines and the same parameters, to the bit."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(settings(whole, algorithm))
     stops = iter([200, 400])
-    original = "trueup.control.learner.Training.after"
-    from trueup.control.learner import Training
-
     after, stop = Training.after, [next(stops)]
 
     def interrupted(training: Training, before: int, step: int) -> None:
@@ -58,7 +66,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(algorithm: str, tmp_path: Path, 
             os.kill(os.getpid(), signal.SIGINT)
         after(training, before, step)
 
-    monkeypatch.setattr(original, interrupted)
+    monkeypatch.setattr(Training, "after", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt, match="which is saved"):
             train(settings(parts, algorithm, resume="auto"))
@@ -88,8 +96,6 @@ def test_environments_that_can_not_be_saved_begin_anew(tmp_path: Path, capsys: p
     run = tmp_path / "two"
     train(settings(run, total_steps=512, save_every=256, **vector))
     last = max((run / "checkpoints").iterdir())
-    import shutil
-
     shutil.rmtree(last)
     train(settings(run, total_steps=512, save_every=256, resume="yes", **vector | {"quiet": False}))
     assert "new episodes begin" in capsys.readouterr().out
@@ -99,11 +105,23 @@ def test_environments_that_can_not_be_saved_begin_anew(tmp_path: Path, capsys: p
 def test_what_a_run_leaves(tmp_path: Path) -> None:
     run = tmp_path / "run"
     result = train(settings(run, save_every=256, eval_every=256, keep_checkpoints=9))
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000256", "step-000512", "step-000640"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step-000256",
+        "step-000512",
+        "step-000640",
+    ]
     recorded = lines(run)
     assert [line["step"] for line in recorded if "eval_return" in line] == [0, 256, 512, 640]
     last = [line for line in recorded if "policy_loss" in line][-1]
-    assert {"return_100", "return_100_interval", "return_100/3", "return_100/5", "kl", "entropy", "clip_fraction"} <= set(last)
+    assert {
+        "return_100",
+        "return_100_interval",
+        "return_100/3",
+        "return_100/5",
+        "kl",
+        "entropy",
+        "clip_fraction",
+    } <= set(last)
     assert result.metrics["eval_return"] == pytest.approx(
         (result.metrics["eval_return/3"] + result.metrics["eval_return/5"]) / 2
     )
@@ -116,7 +134,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert float(agent.scale.state()["count"].max()) == 640
 
 
-def test_a_short_episode_counts_no_more_than_a_long_one(process: Any) -> None:
+def test_a_short_episode_counts_no_more_than_a_long_one() -> None:
     """25 episodes in slots of 20: each is played once, whatever its length, and begins with its own seed."""
     rows: list[int] = []
 
@@ -125,8 +143,6 @@ def test_a_short_episode_counts_no_more_than_a_long_one(process: Any) -> None:
         return make_environments("CartPole-v1", num_rows)
 
     env = make_environments("CartPole-v1", 1)
-    from trueup.control.on_policy import policy_network
-
     chosen = ControlSettings(env="CartPole-v1", seeds=(0, 1))
     agent = Agent("CartPole-v1", "ppo", (0, 1), env.actions, policy_network(chosen, env), None)
     many = evaluate(agent, make, 25, seed=7)
@@ -140,9 +156,10 @@ def test_a_short_episode_counts_no_more_than_a_long_one(process: Any) -> None:
 def test_what_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="not a finite number"):
         train(settings(tmp_path / "run", learning_rate=1e30, max_grad_norm=None))
-    assert "NaN" in (tmp_path / "run" / "metrics.jsonl").read_text() or "Infinity" in (
-        tmp_path / "run" / "metrics.jsonl"
-    ).read_text()
+    assert (
+        "NaN" in (tmp_path / "run" / "metrics.jsonl").read_text()
+        or "Infinity" in (tmp_path / "run" / "metrics.jsonl").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,5 +201,5 @@ def test_mistakes_leave_no_run_behind(tmp_path: Path) -> None:
     train(settings(tmp_path / "run", total_steps=128, eval_episodes=0))
     with pytest.raises(SettingsError, match="not empty"):
         train(settings(tmp_path / "run", total_steps=128))
-    with pytest.raises(CheckpointError, match="'ppo', not of 'a2c'|other settings"):
+    with pytest.raises(CheckpointError, match="other settings"):
         train(settings(tmp_path / "run", "a2c", resume="auto"))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from trueup.control.agent import Agent
+    from trueup.control.environments import Environments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ def evaluate(settings: EvalSettings) -> None:
     with progress:
         outcome = play(
             agent,
-            lambda rows: make_environments(env, rows),
+            lambda rows: check_fits(agent, env, make_environments(env, rows)),
             settings.episodes,
             seed=settings.seed,
             sample=settings.sample,
@@ -137,7 +138,7 @@ def watch(settings: WatchSettings) -> None:
     """Write the video."""
     import numpy as np
 
-    from trueup.control.environments import as_row, flat, make_environment
+    from trueup.control.environments import LocalEnvironments, as_row, flat, make_environment
 
     agent = load_agent(settings.run)
     wanted = agent.seeds[0] if settings.agent is None else settings.agent
@@ -146,7 +147,9 @@ def watch(settings: WatchSettings) -> None:
             f"there is no agent {wanted}", where="--agent", way_out=f"one of {', '.join(map(str, agent.seeds))}"
         )
     imageio = require_extra("imageio.v2", "control")
-    environment = flat(make_environment(settings.env or agent.env, render_mode="rgb_array"))
+    env = settings.env or agent.env
+    check_fits(agent, env, LocalEnvironments(lambda: make_environment(env), 1)).close()
+    environment = flat(make_environment(env, render_mode="rgb_array"))
     rate = environment.metadata.get("render_fps", 30)
     rng = np.random.default_rng(settings.seed)
     shape = len(agent.seeds), 1
@@ -173,6 +176,21 @@ def watch(settings: WatchSettings) -> None:
     environment.close()
     aside.replace(output)
     print(f"video {output}")
+
+
+def check_fits(agent: Agent, env: str, environments: Environments) -> Environments:
+    """The environments. Raises ``DataError`` where the agent was made for other observations or actions."""
+    for what, known, shown in (
+        ("sees", agent.network.num_inputs, environments.num_inputs),
+        ("decides on", agent.actions.num_outputs, environments.actions.num_outputs),
+    ):
+        if known != shown:
+            raise DataError(
+                f"the agent {what} {known} numbers, {env} shows {shown}",
+                where="--env",
+                way_out=f"leave it out: the agent learned in {agent.env}",
+            )
+    return environments
 
 
 def picture(environment: Any) -> np.ndarray:

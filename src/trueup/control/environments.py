@@ -174,7 +174,7 @@ class VectorEnvironments:
         self._ended = np.zeros(self.num_rows, bool)
 
     def reset(self, seeds: Sequence[int]) -> np.ndarray:
-        """Begin an episode in every row. An environment that is vectorised by itself may know one seed only: the first."""
+        """Begin an episode in every row. What is vectorised by itself may know one seed only: the first."""
         self._ended[:] = False
         numbers = [int(seed) for seed in seeds]
         gymnasium = require_extra("gymnasium", "control")
