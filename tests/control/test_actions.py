@@ -1,4 +1,4 @@
-"""Action spaces against PyTorch's distributions in float64, their derivatives against autograd, samples by statistics."""
+"""Action spaces against PyTorch's distributions, their derivatives against autograd, samples by their statistics."""
 
 from __future__ import annotations
 
