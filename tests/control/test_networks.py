@@ -28,9 +28,7 @@ def network(
     spread: int = 2,
     dtype: torch.dtype = torch.float64,
 ) -> Network:
-    return Network(
-        seeds, INPUTS, heads, hidden=hidden, activation=activation, spread=spread, log_std=-0.5, dtype=dtype
-    )
+    return Network(seeds, INPUTS, heads, hidden=hidden, activation=activation, spread=spread, log_std=-0.5, dtype=dtype)
 
 
 def moved(net: Network, seed: int = 0) -> Network:
