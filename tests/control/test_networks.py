@@ -1,4 +1,4 @@
-"""Networks of several runs in one against plain PyTorch: what they put out, their gradients, first weights, clipping."""
+"""Networks of several runs in one against plain PyTorch: outputs, gradients, first weights, clipping; each alone."""
 
 from __future__ import annotations
 
