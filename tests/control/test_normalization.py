@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from trueup.control.agent import Agent
 from trueup.control.normalization import ObservationScale, RewardScale
+from trueup.control.presets import ALGORITHMS
+from trueup.control.settings import ControlSettings
+from trueup.control.train import train
 
 RUNS, NUMBER = 3, 2
 
@@ -86,6 +94,22 @@ def test_observation_scale_restored_goes_on_as_if_never_stopped() -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in kept.items())  # a state isn't changed afterwards
 
 
+def test_observations_of_no_transition_are_not_counted() -> None:
+    """A row that waits for the others to end shows the same again and again; some runs wait more than others."""
+    seen, mask = observed((20,))[0], torch.rand((RUNS, 20), generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[2] = False
+    waiting = torch.where(mask.unsqueeze(-1), seen, 1e3)
+    scale = ObservationScale(RUNS, 3, clip=10.0)
+    scale.fold(waiting, mask)
+    for run in (0, 1):
+        scored = seen[run][mask[run]].double()
+        assert (scale.statistics.count[run] == len(scored)).all()
+        torch.testing.assert_close(scale.statistics.mean[run, 0], scored.mean(0), rtol=1e-12, atol=0)
+        variance = scored.var(0, correction=0)
+        torch.testing.assert_close(scale.statistics.variance[run, 0], variance, rtol=1e-12, atol=0)
+    assert [each[2].tolist() for each in scale.statistics] == [[[0] * 3], [[0] * 3], [[1] * 3]]  # as at the beginning
+
+
 def rewarded(steps: int = 9, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Rewards, each run's of its own size, and which steps end an episode."""
     generator = torch.Generator().manual_seed(seed)
@@ -122,6 +146,21 @@ def test_reward_scale_golden() -> None:
     torch.testing.assert_close(second, torch.tensor([[[2 / 3.2, 3.0]]]))
     assert scale.running.item() == 12
     assert scale.statistics.count.item() == 5
+
+
+def test_steps_that_are_no_transitions_are_not_counted() -> None:
+    """Behind the end of an episode a step earns nothing, be it one reset or a wait for the others."""
+    no, yes = False, True
+    rewards = torch.tensor([[[4.0, 2.0, 0.0, 0.0], [1.0, 0.0, 5.0, 2.0]]])
+    ended = torch.tensor([[[no, yes, no, no], [yes, no, no, no]]])
+    mask = torch.tensor([[[yes, yes, no, no], [yes, no, yes, yes]]])
+    scale = RewardScale(1, 2, gamma=0.5, clip=100.0)
+    scaled = scale(rewards, ended, mask)
+    sums = np.array([4, 4, 1, 5, 4.5])
+    assert scale.statistics.count.item() == 5
+    assert scale.statistics.variance.item() == pytest.approx(sums.var())
+    np.testing.assert_allclose(scaled, rewards / sums.std(), rtol=1e-6)
+    assert scale.running.tolist() == [[0, 4.5]]
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
@@ -164,6 +203,16 @@ def test_the_mean_of_rewards_stays() -> None:
     assert (RewardScale(1, 1, 0.99, clip=10.0)(ones, ones < 0) > 0).all()
 
 
+def test_the_rewards_of_the_rollout_stay_as_they_are() -> None:
+    rewards, ended = rewarded()
+    for given in (rewards, rewards.double()):
+        kept = given.clone()
+        scale = RewardScale(RUNS, NUMBER, 0.9, 10.0)
+        scale(given, ended)
+        scale(given, ended)
+        assert torch.equal(given, kept)
+
+
 def test_rewards_are_clipped_after_scaling() -> None:
     rewards, ended = rewarded()
     free, clipped = (RewardScale(RUNS, NUMBER, 0.9, clip)(rewards, ended) for clip in (1e6, 0.5))
@@ -194,3 +243,58 @@ def test_reward_scale_restored_goes_on_as_if_never_stopped() -> None:
     for one, expected in zip(other.state().values(), scale.state().values(), strict=True):
         assert torch.equal(one, expected)
     assert all(torch.equal(state[name], tensor) for name, tensor in kept.items())
+
+
+class Wanders(gymnasium.Env):
+    """Episodes of one to twelve steps, whatever is done; what is seen, and earned, is how many they have been."""
+
+    observation_space = gymnasium.spaces.Box(0, 20, (1,))
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self) -> None:
+        self.acted_on: list[float] = []
+        """Every observation that an action followed."""
+
+    def reset(self, **given: Any) -> tuple[np.ndarray, dict]:
+        super().reset(**given)
+        self.time, self.length = 0, int(self.np_random.integers(1, 13))
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.acted_on.append(self.time)
+        self.time += 1
+        return np.full(1, self.time, np.float32), float(self.time), self.time >= self.length, False, {}
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])
+def test_an_agents_statistics_are_those_of_the_steps_that_it_took(algorithm: str, tmp_path: Path) -> None:
+    """Of whole episodes too, where an environment waits until the others have ended theirs."""
+    made: list[Wanders] = []
+
+    def make() -> Wanders:
+        made.append(Wanders())
+        return made[-1]
+
+    settings = ControlSettings(
+        **{
+            **ALGORITHMS[algorithm],
+            "env": "Wanders-v0",
+            "algorithm": algorithm,
+            "output": str(tmp_path / "run"),
+            "seeds": (0, 1),
+            "num_envs": 3,
+            "total_steps": 200,
+            "rollout_steps": 16,
+            "eval_episodes": 0,
+            "normalize_observations": True,
+            "normalize_rewards": True,
+            "quiet": True,
+        }
+    )
+    scale = Agent.load(train(settings, make=make).agent_folder).scale
+    assert scale is not None
+    for run in (0, 1):
+        seen = np.concatenate([each.acted_on for each in made[3 * run : 3 * run + 3]])
+        assert scale.statistics.count[run].item() == len(seen) >= 100
+        assert scale.statistics.mean[run].item() == pytest.approx(seen.mean())
+        assert scale.statistics.variance[run].item() == pytest.approx(seen.var())
