@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,12 @@ import pytest
 import torch
 from scipy import stats
 
+from trueup.control.agent import Agent
 from trueup.control.environments import Step
+from trueup.control.presets import ALGORITHMS
 from trueup.control.replay import Priorities, Replay, Spans, following_observation
+from trueup.control.settings import ControlSettings
+from trueup.control.train import train
 from trueup.objectives.returns import n_step_returns
 
 INPUTS = 2
@@ -294,6 +299,28 @@ def test_nothing_is_drawn_that_is_not_there() -> None:
             places, weights = priorities.draw(np.full((2, 4), uniform), sizes, beta=0.5)
             assert ((places >= 0) & (places < sizes[:, None])).all()
             assert np.isfinite(weights).all()
+
+
+def test_learning_waits_for_the_first_transition(tmp_path: Path) -> None:
+    """Spans of three steps are complete after the third; updates may begin at once. Drawing from nothing gives NaN."""
+    settings = ControlSettings(
+        **{
+            **ALGORITHMS["dqn"],
+            "env": "CartPole-v1",
+            "algorithm": "dqn",
+            "output": str(tmp_path / "run"),
+            "seeds": (0, 1),
+            "total_steps": 20,
+            "n_step": 3,
+            "prioritized": True,
+            "learning_starts": 0,
+            "train_every": 1,
+            "hidden": (8,),
+            "eval_episodes": 0,
+            "quiet": True,
+        }
+    )
+    assert Agent.load(train(settings).agent_folder).network.flat.isfinite().all()
 
 
 def test_priorities_restored_are_the_same() -> None:
