@@ -286,6 +286,68 @@ def test_statistics_of_nothing() -> None:
     assert merge_statistics(statistics_of(t()), one) == one
 
 
+def test_statistics_of_rows_golden() -> None:
+    x = torch.tensor([[1.0, 3.0, 8.0], [2.0, 2.0, 2.0]], dtype=torch.float64)
+    count, mean, variance = statistics_of(x, dim=1)
+    assert (count.tolist(), mean.tolist()) == ([[3], [3]], [[4], [2]])
+    torch.testing.assert_close(variance, torch.tensor([[26 / 3], [0]], dtype=torch.float64), rtol=1e-15, atol=0)
+    count, mean, variance = statistics_of(x, torch.tensor([[True, True, False], [False, False, True]]), dim=-1)
+    assert (count.tolist(), mean.tolist(), variance.tolist()) == ([[2], [1]], [[2], [2]], [[1], [0]])
+    count, mean, variance = statistics_of(x, dim=0)
+    assert (count.tolist(), mean.tolist(), variance.tolist()) == ([[2] * 3], [[1.5, 2.5, 5]], [[0.25, 0.25, 9]])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dim", [0, 1, 2, -1, -2])
+def test_statistics_of_rows_are_those_of_each_row(dim: int, masked: bool) -> None:
+    """As separate calls would give them; the large offset shows that each row is measured from its own entries."""
+    generator = torch.Generator().manual_seed(dim + 3)
+    x = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64)
+    x = x + 1e4 * torch.randn(3, 4, 5, generator=generator, dtype=torch.float64).sum(dim, keepdim=True)
+    mask = torch.rand(3, 4, 5, generator=generator) < 0.6 if masked else None
+    found = statistics_of(x if mask is None else x.masked_fill(~mask, math.nan), mask, dim=dim)
+    lines = x.movedim(dim, -1).reshape(-1, x.shape[dim])
+    scored = (torch.ones_like(x, dtype=torch.bool) if mask is None else mask).movedim(dim, -1).reshape(lines.shape)
+    alone = [statistics_of(each, of_line) for each, of_line in zip(lines, scored, strict=True)]
+    for name, one in found._asdict().items():
+        assert one.shape == x.sum(dim, keepdim=True).shape
+        together = one.movedim(dim, -1).flatten()
+        torch.testing.assert_close(together, torch.stack([getattr(each, name) for each in alone]), rtol=1e-12, atol=0)
+    means = torch.stack([each[of_line].mean() for each, of_line in zip(lines, scored, strict=True)])
+    kept = ~means.isnan()  # of no entry at all the mean is 0, not NaN
+    torch.testing.assert_close(found.mean.movedim(dim, -1).flatten()[kept], means[kept], rtol=1e-12, atol=0)
+
+
+def test_equal_entries_of_a_row_have_that_mean_and_no_variance() -> None:
+    """Ten times 0.1 in float32 has a mean of another number, and a variance above 0, if it is added up as it is."""
+    x = torch.tensor([0.1, 0.7]).unsqueeze(1).expand(2, 10)
+    for mask in (None, torch.rand(2, 10, generator=torch.Generator().manual_seed(0)) < 0.7):
+        _, mean, variance = statistics_of(x, mask, dim=1)
+        assert torch.equal(mean, x[:, :1])
+        assert (variance == 0).all()
+
+
+def test_statistics_of_rows_with_nothing_in_them() -> None:
+    """A row without a scored entry, NaN in it or not, leaves the others alone; rows of length 0, and no rows."""
+    x, mask = torch.tensor([[math.nan, math.inf], [1.0, 3.0]]), torch.tensor([[False, False], [True, True]])
+    assert [each.tolist() for each in statistics_of(x, mask, dim=1)] == [[[0], [2]], [[0], [2]], [[0], [1]]]
+    for empty in (x[:, :0], x[:0].T):
+        for of_mask in (None, torch.ones_like(empty, dtype=torch.bool)):
+            assert [each.tolist() for each in statistics_of(empty, of_mask, dim=1)] == [[[0], [0]]] * 3
+    assert [each.shape for each in statistics_of(x[:0], dim=1)] == [(0, 1)] * 3
+    merged = merge_statistics(statistics_of(x[:, :0], dim=1), statistics_of(x, mask, dim=1))
+    assert [each.tolist() for each in merged] == [[[0], [2]], [[0], [2]], [[0], [1]]]
+
+
+def test_statistics_of_rows_whiten_each_row_by_itself() -> None:
+    x = torch.randn(3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.rand(3, 7, generator=torch.Generator().manual_seed(1)) < 0.7
+    together = whiten(x, mask, statistics_of(x, mask, dim=1))
+    torch.testing.assert_close(together, torch.stack([whiten(*row) for row in zip(x, mask, strict=True)]))
+    with pytest.raises(ValueError, match="mask has the shape"):
+        statistics_of.__wrapped__(x, mask[:1], dim=1)
+
+
 def test_order_does_not_matter() -> None:
     scores, order = torch.randn(3, 5, dtype=torch.float64), torch.tensor([3, 1, 4, 0, 2])
     for advantage in (group_centered, leave_one_out, lambda s: group_normalized(s, ddof=1, eps=1e-6), whiten):

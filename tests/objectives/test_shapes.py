@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trueup.objectives import (
     advantages,
+    derivatives,
     divergence,
     logprobs,
     optimum,
@@ -95,6 +96,12 @@ CALLS: list[tuple[Callable, dict]] = [
     (value.value_loss, {"values": TABLE, "returns": TABLE}),
     (value.clipped_value_loss, {"values": TABLE, "old_values": TABLE, "returns": TABLE, "clip": 0.2}),
     (value.huber_value_loss, {"values": TABLE, "returns": TABLE}),
+    (derivatives.reinforce, {"advantages": TABLE}),
+    (derivatives.surrogate, {"ratio": TABLE, "advantages": TABLE}),
+    (derivatives.clipped_surrogate, {"ratio": TABLE, "advantages": TABLE} | RANGE),
+    (derivatives.value_loss, {"values": TABLE, "returns": TABLE}),
+    (derivatives.clipped_value_loss, {"values": TABLE, "old_values": TABLE, "returns": TABLE, "clip": 0.2}),
+    (derivatives.huber_value_loss, {"values": TABLE, "returns": TABLE}),
     (value.td_target, {"rewards": TABLE, "discounts": TABLE, "next_values": TABLE}),
     (value.q_learning_target, {"rewards": COLUMN, "discounts": COLUMN, "next_q": TABLE, "legal": MASK}),
     (

@@ -164,7 +164,8 @@ def train_dqn(training: Training) -> None:
             for of_step in uniforms:
                 keep(act(share, of_step))
             before, step = step, min(step + settings.train_every * number, settings.total_steps)
-            if step > settings.learning_starts:
+            # Of the first n − 1 steps no transition may be complete yet.
+            if step > settings.learning_starts and replay.size.all():
                 for _ in range(settings.updates_per_round):
                     measured = update(left)
             if step // settings.target_every > before // settings.target_every:

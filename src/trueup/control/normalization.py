@@ -37,9 +37,10 @@ class ObservationScale:
         np.minimum(scaled, self.clip, out=scaled)
         return np.maximum(scaled, -self.clip, out=scaled)
 
-    def fold(self, observations: Float[Tensor, "s m d"]) -> None:
-        """Add what was seen to the statistics."""
-        self._set(merge_statistics(self.statistics, statistics_of(observations.double(), dim=1)))
+    def fold(self, observations: Float[Tensor, "s m d"], mask: Bool[Tensor, "s m"] | None = None) -> None:
+        """Add what was seen to the statistics, where ``mask`` is True: what no transition began with isn't counted."""
+        scored = None if mask is None else mask.unsqueeze(-1).expand_as(observations)
+        self._set(merge_statistics(self.statistics, statistics_of(observations.double(), scored, dim=1)))
 
     def state(self) -> dict[str, Tensor]:
         return dict(self.statistics._asdict())
@@ -68,13 +69,22 @@ class RewardScale:
         self.running = torch.zeros(num_runs, num_environments, dtype=torch.float64)
 
     def __call__(
-        self, rewards: Float[Tensor, "s n t"], ended: Bool[Tensor, "s n t"], *, fold: bool = True
+        self,
+        rewards: Float[Tensor, "s n t"],
+        ended: Bool[Tensor, "s n t"],
+        mask: Bool[Tensor, "s n t"] | None = None,
+        *,
+        fold: bool = True,
     ) -> Float[Tensor, "s n t"]:
-        """The rewards of a rollout, scaled; with ``fold`` they are part of the statistics first."""
+        """The rewards of a rollout, scaled; with ``fold`` they are part of the statistics first.
+
+        ``mask``: False where a step was no transition. Its reward is 0, and its G isn't counted.
+        """
         if fold:
             sums = self._sums(rewards.double(), ended)
             self.running = torch.where(ended[..., -1], 0.0, sums[..., -1])
-            self.statistics = merge_statistics(self.statistics, statistics_of(sums.flatten(1), dim=1))
+            scored = None if mask is None else mask.flatten(1)
+            self.statistics = merge_statistics(self.statistics, statistics_of(sums.flatten(1), scored, dim=1))
         scale = (self.statistics.variance + 1e-8).sqrt().unsqueeze(-1)
         return (rewards / scale).clamp(-self.clip, self.clip).to(rewards.dtype)
 

@@ -322,7 +322,7 @@ def train_on_policy(training: Training) -> None:
             )
             rewards = rollout.rewards
             if settings.normalize_rewards:
-                rewards = rewards_scale(rewards, rollout.ended)
+                rewards = rewards_scale(rewards, rollout.ended, rollout.mask)
             batch = judge(rollout, rewards, network, agent.actions, settings)
             learn(training, surrogate, batch)
             measured = surrogate.measure(batch, network)
@@ -336,7 +336,7 @@ def train_on_policy(training: Training) -> None:
                 )
                 measured["kl_coef"] = surrogate.kl_coef.flatten()
             if agent.scale is not None:
-                agent.scale.fold(rollout.raw_observations[:, :, :-1].flatten(1, 2))
+                agent.scale.fold(rollout.raw_observations[:, :, :-1].flatten(1, 2), batch.mask)
             before, step = step, min(step + rollout.num_steps, settings.total_steps)
             updates += 1
             shown = {}
