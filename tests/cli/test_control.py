@@ -43,7 +43,7 @@ def test_train_eval_watch(trained: Path, capsys: pytest.CaptureFixture[str]) -> 
     import imageio.v2 as imageio
 
     frames = imageio.mimread(trained / "video.gif")
-    assert len(frames) == 10
+    assert len(frames) >= 5  # equal ones are shown longer
     assert any(not np.array_equal(frames[0], frame) for frame in frames[1:])
     assert not list(trained.glob(".*part*"))
 
