@@ -153,6 +153,18 @@ def test_a_short_episode_counts_no_more_than_a_long_one() -> None:
     assert (many.returns == many.lengths).all()
 
 
+def test_epochs_are_left_out_once_the_policy_has_moved_far(tmp_path: Path) -> None:
+    """With a bound that the first epoch breaks, ten epochs move the policy no further than one."""
+
+    def moved(name: str, **changes: Any) -> list[float]:
+        result = train(settings(tmp_path / name, seeds=(3,), learning_rate=3e-3, eval_episodes=0, **changes))
+        return [line["kl"] for line in lines(result.folder)]
+
+    one, ten, stopped = moved("1", num_epochs=1), moved("10", num_epochs=10), moved("s", num_epochs=10, kl_stop=1e-9)
+    assert stopped == one
+    assert ten[0] > 2 * one[0]
+
+
 def test_what_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="not a finite number"):
         train(settings(tmp_path / "run", learning_rate=1e30, max_grad_norm=None))
@@ -173,6 +185,7 @@ def test_what_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         ({"algorithm": "a2c"}, "--surrogate"),
         ({"surrogate": "reinforce"}, "--surrogate"),
         ({"baseline": False}, "--baseline"),
+        ({"kl_stop": 0.02, "seeds": (0, 1)}, "--kl-stop"),
         ({"kl_target": 0.5}, "--kl-target"),
         ({"surrogate": "none", "clip": 0.3}, "--clip"),
         ({"n_step": 3}, "--n-step"),

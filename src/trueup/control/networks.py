@@ -143,8 +143,8 @@ class Network:
             np.matmul(inputs.swapaxes(-1, -2), of_head, out=gradient[weight])
             np.sum(of_head, axis=-2, keepdims=True, out=gradient[bias])
             error[head.trunk] += np.matmul(of_head, self.arrays[weight].swapaxes(-1, -2))
-        if spread is not None:
-            gradient["log_std"][:] = spread
+        if "log_std" in gradient:
+            gradient["log_std"][:] = 0 if spread is None else spread
         for layer in reversed(range(self.num_layers)):
             weight, bias = f"trunk.{layer}.weight", f"trunk.{layer}.bias"
             outputs, inputs = passed.hidden[layer + 1], passed.hidden[layer]

@@ -79,7 +79,7 @@ class ControlSettings(RecordSettings, Task):
     kl_target: float = 0.01
     """KL divergence of an update that adaptive_kl aims at, in nats."""
     kl_stop: float | None = None
-    """Leave out the remaining epochs of an update once the policy has moved further than this, in nats."""
+    """Leave out the remaining epochs of an update once the policy has moved further than this, in nats (one seed only)."""
     entropy_coef: float = 0.0
     """Weight of the policy's entropy."""
     baseline: bool = True
@@ -187,6 +187,10 @@ class ControlSettings(RecordSettings, Task):
         check_used(self, self.surrogate == "clip", "--surrogate clip", "clip", "clip_schedule")
         check_used(self, self.surrogate in ("kl", "adaptive_kl"), "--surrogate kl or adaptive_kl", "kl_coef")
         check_used(self, self.surrogate == "adaptive_kl", "--surrogate adaptive_kl", "kl_target")
+        if self.kl_stop is not None and len(self.seeds) > 1:
+            raise SettingsError(
+                "would stop all seeds for one of them", where="--kl-stop", way_out="train each seed in a run of its own"
+            )
         if not self.baseline and self.algorithm != "reinforce":
             raise SettingsError(f"is needed by {self.algorithm}", where="--baseline")
         check_used(self, self.baseline, "--baseline", "value_coef", "value_clip")
