@@ -156,12 +156,12 @@ class RunProgress:
 
     @property
     def line(self) -> str:
-        """One line: step, metrics, tokens per second, elapsed, left."""
+        """One line: step, metrics, tokens per second (where there are tokens), elapsed, left."""
         left = self.seconds_left
         parts = [
             f"step {self.done}/{self.num_steps}",
             *(f"{name} {value:.4g}" for name, value in self._metrics.items()),
-            f"{self.tokens_per_second:,.0f} tok/s",
+            f"{self.tokens_per_second:,.0f} tok/s" if self._num_tokens else "",
             f"{clock(self.elapsed)} elapsed",
             f"{clock(left)} left" if left is not None else "",
         ]
