@@ -139,9 +139,11 @@ def test_mistakes(given: list[str], message: str, capsys: pytest.CaptureFixture[
 
 
 def test_a_behaviour_that_never_does_what_it_is_asked_about(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["--process", "cliff", "--method", "ordinary", "--behaviour", "epsilon-greedy"]
+    command = ["--process", "cliff", "--method", "td", "ordinary", "--behaviour", "epsilon-greedy"]
     assert main(["mdp", "estimate", *command, "--behaviour-epsilon", "0"]) == 2
-    assert "let the behaviour policy explore" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "let the behaviour policy explore" in told.err
+    assert "td" not in told.out, "nothing is run before"
 
 
 def test_no_method_and_one_that_there_is_not() -> None:

@@ -112,12 +112,14 @@ def test_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--learning-rate", "1"], "--learning-rate: has no effect without --method reinforce or actor-critic"),
         (["--method", "reinforce", "--num-steps", "5"], "--num-steps: has no effect without --method sarsa"),
         (["--method", "actor-critic", "--epsilon", "0.5"], "--epsilon: has no effect without --method sarsa"),
-        (["--method", "reinforce"], "cut off at 1000 steps: their returns are unknown"),
+        (["--method", "sarsa", "reinforce"], "episodes were cut off at 1,000 steps, and reinforce needs their ends"),
     ],
 )
 def test_mistakes(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mdp", "learn", "--process", "cliff", *given]) == 2
-    assert message in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert message in told.err
+    assert "sarsa" not in told.out, "nothing is run before"
 
 
 def test_nothing_to_decide(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from trueup.cli import mdp_figures
-from trueup.cli.mdp_process import ExperienceSettings, begin, rounded, show, table_of, uniform, watching
+from trueup.cli.mdp_process import ExperienceSettings, begin, episode_length, rounded, show, table_of, uniform, watching
 from trueup.errors import DataError, SettingsError
 from trueup.runs.settings import check_range, check_used
 
@@ -90,13 +90,18 @@ class Found:
 
 
 def learn(settings: LearnSettings) -> None:
-    """Run the methods, and print what they learned beside the best. Raises ``DataError`` where there is no choice."""
+    """Run the methods, and print what they learned beside the best. Raises ``DataError`` where there is no choice,
+    ``SettingsError`` where episodes are too long for reinforce, before any method is run."""
     from trueup.mdp import exact
     from trueup.mdp.planning import modified_policy_iteration
 
     mdp = begin(settings)
     if mdp.num_actions == 1:
         raise DataError("there is nothing to decide: one action", where=settings.process, way_out="trueup mdp estimate")
+    if "reinforce" in settings.method:
+        episode_length(
+            mdp, uniform(mdp), settings.horizon, settings.seed, whole_for="reinforce", otherwise="actor-critic"
+        )
     best = modified_policy_iteration(mdp).policy
     (highest,) = exact.expected_returns(mdp, best[None], horizon=settings.horizon)
     (lowest,) = exact.expected_returns(mdp, uniform(mdp)[None], horizon=settings.horizon)

@@ -124,6 +124,27 @@ def uniform(mdp: TabularMDP) -> np.ndarray:
     return np.full((mdp.num_states, mdp.num_actions), 1 / mdp.num_actions)
 
 
+NUM_PILOTS = 50
+"""Episodes that are drawn to see how long they are."""
+
+
+def episode_length(
+    mdp: TabularMDP, policy: np.ndarray, horizon: int, seed: int, *, whole_for: str = "", otherwise: str = ""
+) -> float:
+    """Mean steps of an episode, by a few of them. ``whole_for``: a method that needs their ends; raises
+    ``SettingsError``, which tells of what to take ``otherwise``, where one of them is cut off at the horizon."""
+    from trueup.mdp.sampling import sample_trajectories
+
+    pilots = sample_trajectories(mdp, policy, num_trajectories=NUM_PILOTS, horizon=horizon, seed=seed)
+    if whole_for and (cut := int(pilots.truncated.sum())):
+        raise SettingsError(
+            f"{cut} of {NUM_PILOTS} episodes were cut off at {horizon:,} steps, and {whole_for} needs their ends",
+            where="--horizon",
+            way_out=f"raise it; where no episode ends, take {otherwise}",
+        )
+    return float(pilots.mask.sum(-1).mean())
+
+
 SAID = (1 / 8, 1 / 4, 1 / 2)
 """Where on the way a line of its own says how far a run is from the truth."""
 

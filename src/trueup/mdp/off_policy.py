@@ -59,14 +59,7 @@ def off_policy_value(
     Source: Precup, Sutton & Singh 2000; doubly robust: Jiang & Li 2016, eq. 10, and Thomas & Brunskill 2016, §5.
     """
     check_choice("estimator", estimator, Estimator)
-    num_actions = max(each.shape[1] if each.ndim == 2 else int(each.max()) + 1 for each in (behaviour, target))
-    done, wanted = (as_probabilities(policy, num_actions) for policy in (behaviour, target))
-    if (where := np.argwhere((wanted > 0) & (done == 0))).size:
-        raise DataError(
-            "the target takes an action that the behaviour policy never takes",
-            where="state {}, action {}".format(*where[0]),
-            way_out="no weight makes up for what can't be seen: let the behaviour policy explore",
-        )
+    done, wanted = covered(behaviour, target)
     if (estimator == "doubly_robust") != (q is not None):
         raise DataError(f"{estimator} and q {'not ' if q is None else ''}given", way_out="doubly_robust needs q, alone")
     if estimator != "doubly_robust" and trajectories.truncated.any():
@@ -103,3 +96,17 @@ def off_policy_value(
         error=float(np.sqrt(variance / len(shares))),
         effective_episodes=float(len(shares) * (shares @ whole) ** 2 / squares) if squares else 0.0,
     )
+
+
+def covered(behaviour: Policy, target: Policy) -> tuple[Float[np.ndarray, "s a"], Float[np.ndarray, "s a"]]:
+    """Both policies as probabilities. Raises ``DataError``, naming state and action, if the behaviour never does what
+    the target may."""
+    num_actions = max(each.shape[1] if each.ndim == 2 else int(each.max()) + 1 for each in (behaviour, target))
+    done, wanted = (as_probabilities(policy, num_actions) for policy in (behaviour, target))
+    if (where := np.argwhere((wanted > 0) & (done == 0))).size:
+        raise DataError(
+            "the target takes an action that the behaviour policy never takes",
+            where="state {}, action {}".format(*where[0]),
+            way_out="no weight makes up for what can't be seen: let the behaviour policy explore",
+        )
+    return done, wanted
