@@ -51,6 +51,7 @@ def test_the_edge_and_the_way_around(capsys: pytest.CaptureFixture[str]) -> None
     """Sutton & Barto's example 6.6: Q-learning walks along the edge, SARSA as far from it as it can."""
     told = printed(["--process", "cliff", "--num-steps", "10000", "--num-runs", "4", "--quiet"], capsys)
     assert "exact return of the first 1,000 steps from the start: -13 at best" in told
+    assert "to the best such, ε = 0.05" in told
     assert re.search(r"q-learning +10,000 +-13 ± 0 +4 of 4 runs", told)
     assert re.search(r"sarsa +10,000 +-1[57][.\d]* ± [.\d]+ +0 of 4 runs", told)
 

@@ -25,6 +25,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "svg.hashsalt": "trueup",  # the same picture is the same file
@@ -197,10 +198,10 @@ def bars(mdp: TabularMDP, values: np.ndarray, actions: np.ndarray | None, *, tit
         elif actions is None or not 1 < mdp.num_actions <= len(COLOURS):
             axes.bar(states, values, color=COLOURS[0])
         else:
-            for action in range(mdp.num_actions):
+            for action in np.unique(actions[~mdp.terminal]):
                 chosen = (actions == action) & ~mdp.terminal
                 axes.bar(states[chosen], values[chosen], color=COLOURS[action], label=f"action {action}")
-            axes.legend()
+            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         axes.axhline(0, color="black", linewidth=0.8)
         axes.xaxis.get_major_locator().set_params(integer=True)
     return figure

@@ -186,12 +186,12 @@ def show_found(found: Mapping[str, Found], highest: float, settings: LearnSettin
         table.add_row(method, f"{each.steps[-1]:,}", interval(last), reached, away)
     table.add_row("the best", "", f"{highest:.5g}")
     show(table)
-    print(
-        "return: exact, of the greedy policy, or of the one that reinforce and actor-critic have\n"
-        "distance: to Q*, root mean square; of the sarsas, which learn how a policy that explores fares,\n"
-        f"to the Q of the best such policy, ε = {settings.epsilon_last:g}\n"
-        "±: 95 % interval of the mean over runs"
-    )
+    notes = ["return: exact, of the greedy policy; of reinforce and actor-critic, of the policy that they have"]
+    if any(each.distances is not None for each in found.values()):
+        notes.append("distance: to Q*, root mean square")
+    if set(ON_POLICY) & set(found):
+        notes[-1] += f"; SARSA learns how a policy that explores fares: to the best such, ε = {settings.epsilon_last:g}"
+    print("\n".join([*notes, "±: 95 % interval of the mean over runs"]))
 
 
 def interval(sample: np.ndarray) -> str:
