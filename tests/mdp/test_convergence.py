@@ -11,6 +11,7 @@ from trueup.mdp.convergence import chosen, monte_carlo_runs, off_policy_runs
 from trueup.mdp.estimation import monte_carlo
 from trueup.mdp.generators import chain, random_mdp, random_walk
 from trueup.mdp.off_policy import off_policy_value
+from trueup.mdp.outcomes import from_observed
 from trueup.mdp.sampling import sample_trajectories
 
 STANDARD_ERRORS = 4.5
@@ -79,6 +80,25 @@ def test_one_run_is_the_estimator() -> None:
     assert found.final[1, 0] == pytest.approx(alone.value)
     assert found.effective_episodes[1] == pytest.approx(alone.effective_episodes)
     assert found.steps.tolist() == [round(drawn.mask.sum() / 2)]
+
+
+def test_doubly_robust_models_what_it_is_not_asked_of() -> None:
+    """Each half of the episodes with the Q of a process observed in the other, and the mean of the two."""
+    drawn = sample_trajectories(BRANCHING, UNIFORM, num_trajectories=40, horizon=10_000, seed=4)
+    halves = chosen(drawn, range(0, 40, 2)), chosen(drawn, range(1, 40, 2))
+    values = []
+    for held, seen in (halves, halves[::-1]):
+        columns = (seen.states, seen.actions, seen.rewards, seen.next_states, seen.terminated)
+        model = from_observed(
+            *(each[seen.mask] for each in columns), gamma=0.9, num_states=5, num_actions=2, unseen_reward=0.0
+        )
+        q = exact.action_values(model, np.array([[0.9, 0.1]] * 6))[:5]
+        values.append(off_policy_value(held, UNIFORM, TARGET, 0.9, estimator="doubly_robust", q=q).value)
+    found = off_policy_runs(
+        BRANCHING, UNIFORM, TARGET, estimator="doubly_robust", num_episodes=40, num_runs=1, num_looks=1, seed=4
+    )
+    assert found.final[0, 0] == pytest.approx(np.mean(values), rel=1e-12)
+    assert abs(values[0] - values[1]) > 0.01
 
 
 def test_a_model_lowers_the_spread() -> None:
