@@ -72,4 +72,4 @@ def test_halves_are_told_on_the_way() -> None:
 
 
 def test_rounded() -> None:
-    assert [rounded(number) for number in (220.4, 0.0123, 0.0, 15.0)] == ["220", "0.012", "0", "15"]
+    assert [rounded(number) for number in (220.4, 0.0123, 2.8e-15, 15.0)] == ["220", "0.012", "0", "15"]

@@ -67,7 +67,7 @@ class Report:
                 *spent(method, each),
                 f"{of_runs.mean():.4g} ± {rounded(of_runs.std(ddof=1) / math.sqrt(self.num_runs))}",
                 f"{np.sqrt(((each.learned.mean - each.truth) ** 2).mean()):.4g}",
-                f"{np.sqrt((each.learned.errors**2).mean()):.4g}",
+                rounded(np.sqrt((each.learned.errors**2).mean())),
             )
         return table
 

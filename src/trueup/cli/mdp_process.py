@@ -186,8 +186,8 @@ def show(table: Table) -> None:
 
 
 def rounded(number: float) -> str:
-    """Two digits, without an exponent where it can be."""
-    return f"{float(f'{number:.2g}'):g}"
+    """Two digits, without an exponent where it can be; what float64 loses in a sum counts as 0."""
+    return f"{float(f'{number:.2g}'):g}" if abs(number) > 1e-12 else "0"
 
 
 def write(file: str, content: bytes, setting: str) -> None:
