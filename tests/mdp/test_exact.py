@@ -9,7 +9,7 @@ import pytest
 
 from trueup.errors import DataError
 from trueup.mdp import enumerate_trajectories, exact
-from trueup.mdp.generators import garnet, random_mdp
+from trueup.mdp.generators import CLIFF, garnet, grid_world, random_mdp
 
 MDP = random_mdp(3, num_states=3, num_actions=2, gamma=0.8, episodic=False)
 POLICY = np.random.default_rng(0).dirichlet(np.ones(2), size=3)
@@ -65,3 +65,25 @@ def test_backward_induction_is_the_best_of_all_plans() -> None:
     assert exact.finite_horizon_optimum(MDP, 0)[1].shape == (0, 3)
     with pytest.raises(DataError, match="the horizon is -1"):
         exact.finite_horizon_values(MDP, POLICY, -1)
+
+
+@pytest.mark.parametrize("gamma", [0.9, 1.0])
+def test_returns_of_many_policies(gamma: float) -> None:
+    mdp = random_mdp(3, num_states=5, num_actions=2, gamma=gamma, episodic=True)
+    rng = np.random.default_rng(0)
+    for policies in (rng.dirichlet(np.ones(2), size=(4, 5)), rng.integers(2, size=(4, 5))):
+        one_by_one = [exact.expected_return(mdp, policy) for policy in policies]
+        np.testing.assert_allclose(exact.expected_returns(mdp, policies), one_by_one, atol=1e-12)
+
+
+def test_a_policy_that_never_ends_is_counted_up_to_the_horizon() -> None:
+    mdp = grid_world(CLIFF, gamma=1.0)
+    up = np.zeros(48, dtype=int)
+    along = np.where(np.arange(48) == 36, 0, np.where(np.arange(48) == 35, 2, 1))
+    assert exact.expected_returns(mdp, np.stack([up, along]), horizon=50).tolist() == [-50, -13]
+
+
+def test_visited() -> None:
+    mdp = grid_world(("S.G", "###", "..."), gamma=0.9)
+    assert np.flatnonzero(exact.visited(mdp, np.full((9, 4), 0.25))).tolist() == [0, 1]
+    assert np.flatnonzero(exact.visited(mdp, np.zeros(9, dtype=int))).tolist() == [0]

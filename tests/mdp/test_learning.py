@@ -10,7 +10,7 @@ from trueup.mdp import TabularMDP, exact
 from trueup.mdp.estimation import StepSize
 from trueup.mdp.generators import CLIFF, grid_world, random_mdp
 from trueup.mdp.learning import Exploration, greedy_but, learn_action_values
-from trueup.mdp.planning import policy_iteration
+from trueup.mdp.planning import best_exploring, policy_iteration
 from trueup.mdp.policy_learning import actor_critic, exact_returns, reinforce
 
 ENDLESS = random_mdp(1, num_states=3, num_actions=2, gamma=0.7, episodic=False)
@@ -19,21 +19,12 @@ STEADY = Exploration(first=0.3, last=0.3)
 METHODS = ["sarsa", "expected_sarsa", "q_learning", "double_q_learning"]
 
 
-def soft_optimum(mdp: TabularMDP, epsilon: float) -> np.ndarray:
-    """Q of the best ε-greedy policy: what the on-policy methods converge to."""
-    q = np.zeros((mdp.num_states, mdp.num_actions))
-    for _ in range(1000):
-        policy = epsilon / mdp.num_actions + (1 - epsilon) * np.eye(mdp.num_actions)[q.argmax(-1)]
-        q = exact.values_of_actions(mdp, exact.state_values(q, policy) * ~mdp.terminal)
-    return q
-
-
 @pytest.mark.parametrize("mdp", [ENDLESS, EPISODIC], ids=["endless", "episodic"])
 @pytest.mark.parametrize("method", METHODS)
 def test_values_of_actions_converge(method, mdp: TabularMDP) -> None:
     """To those of the greedy policy off-policy, to those of the ε-greedy one on-policy; within the runs' own error."""
     on_policy = method.endswith("sarsa")
-    truth = soft_optimum(mdp, 0.3) if on_policy else soft_optimum(mdp, 0.0)
+    truth = best_exploring(mdp, 0.3) if on_policy else best_exploring(mdp, 0.0)
     found = learn_action_values(
         mdp, method=method, num_steps=3_000, num_runs=100, exploration=STEADY, step_size=StepSize(power=0.7), seed=4
     )
@@ -41,7 +32,7 @@ def test_values_of_actions_converge(method, mdp: TabularMDP) -> None:
     errors = found.errors
     off = np.abs(found.mean - truth)
     assert (off <= 4.5 * errors + 0.02 * np.abs(truth).max())[live].all()
-    assert np.abs(soft_optimum(mdp, 0.3) - soft_optimum(mdp, 0.0))[live].max() > 0.04 * np.abs(truth).max()
+    assert np.abs(best_exploring(mdp, 0.3) - best_exploring(mdp, 0.0))[live].max() > 0.04 * np.abs(truth).max()
     assert not found.final[:, ~live].any()
     assert found.distances(truth)[-1].mean() < found.distances(truth)[0].mean()
 
@@ -115,6 +106,8 @@ def test_reinforce_finds_the_best_policy(baseline) -> None:
     assert returns.shape == (4, 6)
     assert (returns[-1] > best - 0.1 * (best - first)).all()
     assert (returns[-1] <= best + 1e-12).all()
+    length = exact.occupancy(EPISODIC, policy_iteration(EPISODIC).policy, discounted=False)[:3].sum()
+    assert found.steps[-1] - found.steps[-2] == pytest.approx(100 * 8 * length, rel=0.1)
 
 
 def test_a_baseline_lowers_the_spread_of_a_step() -> None:

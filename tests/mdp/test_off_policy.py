@@ -87,3 +87,12 @@ def test_refusals() -> None:
         off_policy_value(PATHS, BEHAVIOUR, TARGET, 0.9, estimator="doubly_robust")
     with pytest.raises(DataError, match="doubly_robust needs q"):
         off_policy_value(PATHS, BEHAVIOUR, TARGET, 0.9, q=ROUGH_Q)
+
+
+@pytest.mark.parametrize("estimator", ["ordinary", "weighted", "per_decision"])
+def test_episodes_that_the_target_never_has_say_nothing(estimator) -> None:
+    never = random_mdp(4, num_states=2, num_actions=2, gamma=0.9, episodic=True)
+    paths = enumerate_trajectories(never, np.array([1, 1]), horizon=1)
+    mixed = np.full((2, 2), 0.5)
+    found = off_policy_value(paths, mixed, np.array([0, 0]), 0.9, estimator=estimator)
+    assert (found.value, found.effective_episodes) == (0, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import gymnasium
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from trueup.errors import DataError
 from trueup.mdp import exact
 from trueup.mdp.generators import random_mdp
 from trueup.mdp.outcomes import Outcomes, from_gymnasium, from_observed
+from trueup.mdp.planning import policy_iteration
 
 
 def test_the_same_outcome_twice_is_one() -> None:
@@ -86,3 +88,29 @@ def test_a_table_of_gymnasium() -> None:
     assert mdp.start.tolist() == [1, 0, 0]
     with pytest.raises(DataError, match="no table of its dynamics"):
         from_gymnasium(SimpleNamespace(unwrapped=SimpleNamespace()), gamma=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_states", "num_actions", "value"),
+    [
+        ("FrozenLake-v1", 17, 4, 0.542026),
+        ("CliffWalking-v1", 49, 4, -(1 - 0.99**13) / 0.01),
+        ("Taxi-v4", 501, 6, 6.327464),
+    ],
+)
+def test_the_real_tables(name: str, num_states: int, num_actions: int, value: float) -> None:
+    environment = gymnasium.make(name).unwrapped
+    mdp = from_gymnasium(environment, gamma=0.99)
+    assert (mdp.num_states, mdp.num_actions) == (num_states, num_actions)
+    assert np.flatnonzero(mdp.terminal).tolist() == [num_states - 1]
+    assert exact.expected_return(mdp, policy_iteration(mdp).policy) == pytest.approx(value, abs=1e-6)
+    # What the environment does is what the process says.
+    rng = np.random.default_rng(0)
+    state, _ = environment.reset(seed=0)
+    assert mdp.start[state] > 0
+    for action in rng.integers(num_actions, size=300):
+        following, reward, terminated, _, _ = environment.step(int(action))
+        place = state, action, num_states - 1 if terminated else following
+        assert mdp.transition_array[place] > 0
+        assert mdp.reward_array[place] == reward
+        state = environment.reset()[0] if terminated else following

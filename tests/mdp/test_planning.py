@@ -13,6 +13,7 @@ from trueup.mdp import TabularMDP, exact
 from trueup.mdp.generators import CLIFF, garnet, grid_world, random_mdp
 from trueup.mdp.planning import (
     Solution,
+    best_exploring,
     linear_program,
     modified_policy_iteration,
     policy_iteration,
@@ -101,3 +102,21 @@ def test_what_has_no_end_is_said() -> None:
         linear_program(endless)
     with pytest.raises(DataError, match="still improving after 1 policies"):
         policy_iteration(PROCESSES[0], max_sweeps=1)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("gamma", [0.9, 1.0])
+def test_the_best_that_explores(epsilon: float, gamma: float) -> None:
+    """No ε-greedy policy has a higher value in any state, and one of them has these."""
+    mdp = random_mdp(5, num_states=4, num_actions=2, gamma=gamma, episodic=True)
+    values = np.stack(
+        [
+            exact.values(mdp, epsilon / 2 + (1 - epsilon) * np.eye(2)[list(actions)])
+            for actions in itertools.product(range(2), repeat=4)
+        ]
+    )
+    q = best_exploring(mdp, epsilon)
+    np.testing.assert_allclose(q, exact.values_of_actions(mdp, values.max(0)), atol=1e-6)
+    assert np.isclose(values, values.max(0)).all(-1).any()
+    with pytest.raises(DataError, match=r"epsilon is 1\.1"):
+        best_exploring(mdp, 1.1)

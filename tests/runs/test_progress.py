@@ -55,6 +55,14 @@ def test_several_steps_at_once(time):
     assert output(plain) == "score step 40/100 · 300 tok/s · 0:20 elapsed · 0:30 left\n"
 
 
+def test_what_has_no_tokens(time):
+    plain = console(terminal=False)
+    with RunProgress(100, title="td", console=plain, seconds_between_lines=10) as progress:
+        time.now += 20
+        progress.step(num_steps=40, metrics={"distance": 0.25})
+    assert output(plain) == "td step 40/100 · distance 0.25 · 0:20 elapsed · 0:30 left\n"
+
+
 def test_the_last_line_is_not_told_twice(time):
     plain = console(terminal=False)
     with RunProgress(1, console=plain, seconds_between_lines=1) as progress:

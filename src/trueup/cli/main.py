@@ -102,7 +102,16 @@ COMMANDS = {
         defaults="iterate_defaults",
     ),
     "mdp solve": Command(
-        "Values and the best policy of a known tabular process", "trueup.cli.mdp", "SolveSettings", "solve"
+        "Values and the best policy of a known tabular process", "trueup.cli.mdp_solve", "SolveSettings", "solve"
+    ),
+    "mdp estimate": Command(
+        "Values of a policy from sampled experience, beside the exact ones",
+        "trueup.cli.mdp_estimate",
+        "EstimateSettings",
+        "estimate",
+    ),
+    "mdp learn": Command(
+        "Learn to act from sampled experience, beside the best policy", "trueup.cli.mdp_learn", "LearnSettings", "learn"
     ),
     "control train": Command(
         "Train an agent in a Gymnasium environment: PPO, A2C, REINFORCE, DQN",

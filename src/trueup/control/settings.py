@@ -79,7 +79,7 @@ class ControlSettings(RecordSettings, Task):
     kl_target: float = 0.01
     """KL divergence of an update that adaptive_kl aims at, in nats."""
     kl_stop: float | None = None
-    """Leave out the remaining epochs of an update once the policy has moved further than this, in nats (one seed only)."""
+    """Leave out an update's remaining epochs once the policy has moved further than this, in nats (one seed only)."""
     entropy_coef: float = 0.0
     """Weight of the policy's entropy."""
     baseline: bool = True

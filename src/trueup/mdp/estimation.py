@@ -113,7 +113,7 @@ class Learned:
     curve: Float[np.ndarray, "e r s ..."]
     """What each run had at each of E looks, the last of them at the end."""
     steps: Int[np.ndarray, " e"]
-    """Steps (of ``reinforce``: updates) that each run had made by then."""
+    """Steps that each run had made by then; where runs go by whole episodes, on average."""
 
     @property
     def final(self) -> Float[np.ndarray, "r s ..."]:
@@ -134,7 +134,7 @@ class Learned:
 
 
 Look = Callable[[int, np.ndarray], None]
-"""Told at every look: steps made, and what the runs have, [R, S] or [R, S, A]."""
+"""Told at every look: steps (or episodes, or updates) made, and what the runs have, [R, S] or [R, S, A]."""
 
 
 def td_lambda(

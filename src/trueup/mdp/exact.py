@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
+from scipy import sparse
 
 from trueup.errors import DataError
 from trueup.mdp.linear import Method, solve_chain
-from trueup.mdp.tabular import Policy, TabularMDP, chain_of, check_terminates
+from trueup.mdp.tabular import Policy, Rows, TabularMDP, chain_of, check_terminates
 
 
 def values(mdp: TabularMDP, policy: Policy, *, method: Method = "auto") -> Float[np.ndarray, " s"]:
@@ -76,6 +77,38 @@ def occupancy(
 def expected_return(mdp: TabularMDP, policy: Policy) -> float:
     """J = Σ_s ρ(s) · V(s), the mean discounted return of an episode. Raises as ``values``."""
     return float(mdp.start @ values(mdp, policy))
+
+
+def expected_returns(
+    mdp: TabularMDP, policies: Float[np.ndarray, "r s a"] | Int[np.ndarray, "r s"], *, horizon: int = 1000
+) -> Float[np.ndarray, " r"]:
+    """J of R policies at once; with γ = 1 of their first ``horizon`` steps only, since a policy may never end.
+
+    Raises ``DataError`` for a policy that isn't one, or a horizon below 0.
+    """
+    chains, rewards = zip(*(chain_of(mdp, policy) for policy in policies), strict=True)
+    chain: Rows = sparse.block_diag(chains, format="csr")
+    earned = np.concatenate(rewards)
+    if mdp.gamma < 1:
+        return solve_chain(chain, mdp.gamma, earned).reshape(len(policies), -1) @ mdp.start
+    onwards, there, returns = chain.T.tocsr(), np.tile(mdp.start, len(policies)), np.zeros(len(policies))
+    for _ in range(_checked(horizon)):
+        if not there.any():  # terminal states lead nowhere
+            break
+        returns += (there * earned).reshape(len(policies), -1).sum(-1)
+        there = onwards @ there
+    return returns
+
+
+def visited(mdp: TabularMDP, policy: Policy) -> Bool[np.ndarray, " s"]:
+    """The states that a policy ever acts in: that can be reached from where episodes begin, and aren't terminal.
+
+    Raises ``DataError`` for a policy that isn't one.
+    """
+    onwards, seen = chain_of(mdp, policy)[0].T.tocsr(), mdp.start > 0
+    while (more := seen | (onwards @ seen > 0)).sum() > seen.sum():
+        seen = more
+    return seen & ~mdp.terminal
 
 
 def finite_horizon_values(mdp: TabularMDP, policy: Policy, horizon: int) -> Float[np.ndarray, "h s"]:

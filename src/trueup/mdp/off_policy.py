@@ -33,7 +33,8 @@ class OffPolicyValue:
     error: float
     """√(variance / N) for the N episodes given: the standard error, if they were drawn."""
     effective_episodes: float
-    """(Σ w)² / Σ w² of whole episodes' weights: as many of the target's own would have had equal weights."""
+    """(Σ w)² / Σ w² of whole episodes' weights: as many of the target's own would have had equal weights. 0 if the
+    target could have had none of them: whatever the error says then, nothing is known."""
 
 
 def off_policy_value(
@@ -48,7 +49,7 @@ def off_policy_value(
     """The target's return from episodes of the behaviour policy. With ρ_t = π(a_t|s_t)/b(a_t|s_t), w_t = ρ_0 ⋯ ρ_t:
 
         ordinary         mean of w_T · Σ_t γ^t r_t
-        weighted         Σ w_T · Σ_t γ^t r_t / Σ w_T                       (biased, consistent)
+        weighted         Σ w_T · Σ_t γ^t r_t / Σ w_T                       (biased, consistent; 0 if all w_T are)
         per_decision     mean of Σ_t γ^t · w_t · r_t
         doubly_robust    mean of V(s_0) + Σ_t γ^t · w_t · (r_t + γ·V(s_{t+1}) − Q(s_t, a_t)),  V(s) = Σ_a π(a|s)·Q(s, a)
 
@@ -58,14 +59,7 @@ def off_policy_value(
     Source: Precup, Sutton & Singh 2000; doubly robust: Jiang & Li 2016, eq. 10, and Thomas & Brunskill 2016, §5.
     """
     check_choice("estimator", estimator, Estimator)
-    num_actions = max(each.shape[1] if each.ndim == 2 else int(each.max()) + 1 for each in (behaviour, target))
-    done, wanted = (as_probabilities(policy, num_actions) for policy in (behaviour, target))
-    if (where := np.argwhere((wanted > 0) & (done == 0))).size:
-        raise DataError(
-            "the target takes an action that the behaviour policy never takes",
-            where="state {}, action {}".format(*where[0]),
-            way_out="no weight makes up for what can't be seen: let the behaviour policy explore",
-        )
+    done, wanted = covered(behaviour, target)
     if (estimator == "doubly_robust") != (q is not None):
         raise DataError(f"{estimator} and q {'not ' if q is None else ''}given", way_out="doubly_robust needs q, alone")
     if estimator != "doubly_robust" and trajectories.truncated.any():
@@ -91,13 +85,28 @@ def off_policy_value(
         single = whole * (discounts * trajectories.rewards).sum(-1)
     value = float(shares @ single)
     if estimator == "weighted":
-        total = float(shares @ whole)
+        total = float(shares @ whole) or 1.0
         value /= total
         single = value + (single - whole * value) / total
     variance = float(shares @ (single - shares @ single) ** 2)
+    squares = float(shares @ whole**2)
     return OffPolicyValue(
         value=value,
         variance=variance,
         error=float(np.sqrt(variance / len(shares))),
-        effective_episodes=float(len(shares) * (shares @ whole) ** 2 / (shares @ whole**2)),
+        effective_episodes=float(len(shares) * (shares @ whole) ** 2 / squares) if squares else 0.0,
     )
+
+
+def covered(behaviour: Policy, target: Policy) -> tuple[Float[np.ndarray, "s a"], Float[np.ndarray, "s a"]]:
+    """Both policies as probabilities. Raises ``DataError``, naming state and action, if the behaviour never does what
+    the target may."""
+    num_actions = max(each.shape[1] if each.ndim == 2 else int(each.max()) + 1 for each in (behaviour, target))
+    done, wanted = (as_probabilities(policy, num_actions) for policy in (behaviour, target))
+    if (where := np.argwhere((wanted > 0) & (done == 0))).size:
+        raise DataError(
+            "the target takes an action that the behaviour policy never takes",
+            where="state {}, action {}".format(*where[0]),
+            way_out="no weight makes up for what can't be seen: let the behaviour policy explore",
+        )
+    return done, wanted

@@ -165,6 +165,30 @@ def policy_iteration(
     raise DataError(f"still improving after {max_sweeps} policies", way_out="raise max_sweeps")
 
 
+def best_exploring(mdp: TabularMDP, epsilon: float, *, tolerance: float = 1e-6) -> Float[np.ndarray, "s a"]:
+    """Q of the best ε-greedy policy: what SARSA converges to while it explores with ε. With ε = 0 it is Q*.
+
+        Q(s, a) = R(s, a) + γ · Σ_s' P(s'|s, a) · V(s'),    V(s) = (1 − ε) · max_a Q(s, a) + ε · mean_a Q(s, a)
+
+    V is the optimum of the process in which every choice gives way to a random one with probability ε. Raises
+    ``DataError`` for ε outside [0, 1], and as ``modified_policy_iteration``.
+    Source: Sutton & Barto 2018, §5.4 (the environment with the requirement of ε-softness moved inside).
+    """
+    if not 0 <= epsilon <= 1:
+        raise DataError(f"epsilon is {epsilon}", way_out="choose it in [0, 1]")
+    over_actions = np.full((mdp.num_actions, mdp.num_actions), 1 / mdp.num_actions)
+    choice = (1 - epsilon) * np.eye(mdp.num_actions) + epsilon * over_actions
+    moved: Rows = sparse.kron(sparse.eye_array(mdp.num_states), choice, format="csr")
+    softened = TabularMDP(
+        transitions=moved @ mdp.transitions,
+        rewards=mdp.expected_rewards @ choice,
+        start=mdp.start,
+        gamma=mdp.gamma,
+        terminal=mdp.terminal,
+    )
+    return values_of_actions(mdp, modified_policy_iteration(softened, tolerance=tolerance).values)
+
+
 def linear_program(mdp: TabularMDP) -> Solution:
     """The smallest values that no action improves on, by HiGHS.
 

@@ -6,6 +6,7 @@ A logit for each state and action, R independent runs side by side; losses are t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -61,6 +62,7 @@ def reinforce(
     sampler = Sampler(mdp, np.random.default_rng(seed))
     logits = torch.zeros(num_runs, mdp.num_states, mdp.num_actions, dtype=torch.float64, requires_grad=True)
     values = np.zeros((num_runs, mdp.num_states))
+    steps, steps_at_looks = 0.0, []
     owner = np.repeat(np.arange(num_runs), episodes_per_update)  # of each episode
     looks = Looks(num_updates, num_looks, look)
     for number in range(1, num_updates + 1):
@@ -76,6 +78,7 @@ def reinforce(
                 f"{int(paths.truncated.sum())} episodes were cut off at {horizon} steps: their returns are unknown",
                 way_out="raise the horizon; where no episode ends, take actor_critic",
             )
+        steps += paths.mask.sum() / num_runs
         mask, terminated = tensor(paths.mask), tensor(paths.terminated)
         discounts = discounts_from(terminated, mdp.gamma, dtype=torch.float64)
         returns = discounted_returns(tensor(paths.rewards), discounts, mask=mask)
@@ -94,8 +97,9 @@ def reinforce(
         if baseline == "value":
             _move(values, np.broadcast_to(rows, paths.mask.shape), paths, returns.numpy(), baseline_step_size)
         if looks.due(number):
+            steps_at_looks.append(steps)
             looks.take(torch.softmax(logits.detach(), -1).numpy())
-    return looks.learned()
+    return replace(looks.learned(), steps=np.round(steps_at_looks).astype(int))
 
 
 def _baseline(kind: Baseline, returns: np.ndarray, values: np.ndarray, group: int) -> np.ndarray:

@@ -57,15 +57,10 @@ def test_without_a_discount(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], "which process?"),
-        (["--process", "chian"], "there is no process 'chian'"),
-        (["--process", "missing.json"], "missing.json: can't be read"),
-        (["--process", "cliff", "--gamma", "2"], "--gamma"),
         (["--process", "cliff", "--symbols", "abcd"], "has no effect without --columns"),
         (["--process", "cliff", "--columns", "12", "--symbols", "ab"], "2 symbols for 4 actions"),
         (["--process", "chain", "--columns", "12"], "12 columns for 7 states"),
         (["--process", "chain", "--policy", "uniform", "--method", "value"], "has no effect without --policy optimal"),
-        (["--process", "gymnasium:NoSuch-v0"], "NoSuch-v0"),
     ],
 )
 def test_mistakes(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,3 +72,43 @@ def test_where_nothing_leads_out(tmp_path: Path, capsys: pytest.CaptureFixture[s
     file = save_mdp(grid_world(CLIFF, gamma=1.0), tmp_path / "cliff.json")
     assert main(["mdp", "solve", "--process", str(file), "--method", "policy", "--columns", "12"]) == 0
     assert "↑···········" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "value"),
+    [
+        ("FrozenLake-v1", "17 states, 4 actions", "0.542026"),
+        ("Taxi-v4", "501 states, 6 actions", "6.32746"),
+        ("CliffWalking-v1", "49 states, 4 actions", "-12.2479"),  # 13 steps of -1: -(1 - 0.99**13) / 0.01
+    ],
+)
+def test_gymnasium(name: str, size: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["mdp", "solve", "--process", f"gymnasium:{name}"]) == 0
+    printed = capsys.readouterr().out
+    assert f"gymnasium:{name}: {size}" in printed
+    assert "gamma 0.99" in printed
+    assert f"expected return from the start: {value}\n" in printed
+
+
+def test_holes_and_the_goal_are_no_places_to_act_in(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--process", "gymnasium:FrozenLake-v1", "--columns", "4", "--symbols", "←↓→↑"]
+    assert main(["mdp", "solve", *command]) == 0
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[-4:]] == ["←↑↑↑", "←·←·", "↑↓←·", "·→↓·"]
+
+
+@pytest.mark.parametrize(
+    ("given", "drawn"),
+    [
+        (["--columns", "12"], ["column", "row", "value V(s)", "start", "the end, or a wall", "−10.25"]),
+        ([], ["state", "value V(s)", "action 1"]),
+        (["--policy", "uniform"], ["cliff, γ = 0.95: values of acting at random"]),
+    ],
+)
+def test_pictures(given: list[str], drawn: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "cliff.svg"
+    command = ["--process", "cliff", "--gamma", "0.95", *given, "--figure", str(file)]
+    assert main(["mdp", "solve", *command]) == 0
+    assert f"picture: {file}" in capsys.readouterr().out
+    text = file.read_text(encoding="utf-8")
+    for each in drawn:
+        assert f"<!-- {each} -->" in text
