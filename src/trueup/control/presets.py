@@ -63,8 +63,8 @@ ENVIRONMENTS: dict[tuple[str, str], dict[str, Any]] = {
     ("ppo", "LunarLander"): {
         "num_envs": 16,
         "rollout_steps": 1024,
-        "minibatch_size": 256,
-        "num_epochs": 4,
+        "minibatch_size": 64,
+        "num_epochs": 8,
         "gamma": 0.999,
         "gae_lambda": 0.98,
         "entropy_coef": 0.01,
