@@ -3,12 +3,11 @@
     python benchmarks/control.py mujoco                          # HalfCheetah, Hopper, Walker2d: five seeds, 1M steps
     python benchmarks/control.py mujoco --cleanrl FOLDER --python PYTHON    # the same by CleanRL's script
     python benchmarks/control.py table1 | discrete               # see BATCHES
-    python benchmarks/control.py summary                         # what is there
 
 A batch is resumable: a run whose result is there is left out, one of ours that was stopped goes on from its last
-checkpoint. Results lie in benchmarks/results/control and belong to the repository; runs lie in build/control. FOLDER is
-a checkout of https://github.com/vwxyzjn/cleanrl that runs with Gymnasium 1.x, PYTHON an environment that has what it
-needs (benchmarks/control-requirements.txt).
+checkpoint. Results lie in benchmarks/results/control and belong to the repository; ``control_report.py`` says what came
+out. Runs lie in build/control. FOLDER is a checkout of https://github.com/vwxyzjn/cleanrl that runs with Gymnasium 1.x,
+PYTHON an environment that has what it needs (benchmarks/control-requirements.txt).
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,15 +83,13 @@ BATCHES: dict[str, list[Job]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("batch", choices=(*BATCHES, "summary"))
+    parser.add_argument("batch", choices=BATCHES)
     parser.add_argument("--cleanrl", type=Path, help="folder of CleanRL's checkout: run its scripts instead of ours")
     parser.add_argument("--python", default=sys.executable, help="Python that CleanRL's scripts run with")
     parser.add_argument("--only", default="", help="jobs whose name holds this")
     arguments = parser.parse_args()
-    if arguments.batch == "summary":
-        for line in summary():
-            print(line)
-        return
+    if arguments.batch == "table1" and not arguments.cleanrl:
+        chance()
     for job in BATCHES[arguments.batch]:
         if arguments.only not in job.name:
             continue
@@ -216,22 +212,30 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
-def summary() -> Iterator[str]:
-    """A line for each job and side: seeds, mean score and its 95 % interval."""
-    from trueup.control.learner import half_interval
+def chance() -> None:
+    """What random actions bring in the environments of table 1: the mean return of 100 episodes."""
+    from statistics import fmean
 
-    for jobs in BATCHES.values():
-        for job in jobs:
-            for side in ("trueup", "cleanrl"):
-                scores = [
-                    json.loads(path.read_text(encoding="utf-8"))["return_100"]
-                    for seed in job.seeds
-                    if (path := job.result(side, seed)).exists()
-                ]
-                if scores:
-                    mean = sum(scores) / len(scores)
-                    half = f" ± {half_interval(scores):,.1f}" if len(scores) > 1 else ""
-                    yield f"{job.batch:10} {job.name:38} {side:8} {len(scores)} seeds  {mean:10,.1f}{half}"
+    from trueup.control.environments import make_environment
+
+    path = RESULTS / "table1" / "random.json"
+    if path.exists():
+        return
+    scores = {}
+    for name in TABLE1:
+        environment = make_environment(f"{name}-v5")
+        environment.action_space.seed(0)
+        totals = []
+        for episode in range(100):
+            environment.reset(seed=episode)
+            total, ended = 0.0, False
+            while not ended:
+                _, reward, terminated, truncated, _ = environment.step(environment.action_space.sample())
+                total, ended = total + float(reward), terminated or truncated
+            totals.append(total)
+        scores[name] = round(fmean(totals), 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
