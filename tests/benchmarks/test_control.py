@@ -74,7 +74,7 @@ def test_table_1_is_scored_as_in_the_paper(modules: Any, monkeypatch: pytest.Mon
     jobs = [control.Job("table1", f"{env}-{name}", f"{env}-v5", 1, (1, 2), {}) for env in envs for name in surrogates]
     monkeypatch.setattr(report, "BATCHES", {"table1": jobs})
     monkeypatch.setattr(report, "TABLE1", envs)
-    monkeypatch.setattr(report, "SURROGATES", dict.fromkeys(surrogates, {}))
+    monkeypatch.setattr(report, "SURROGATES", {name: {} for name in surrogates})
     returns = {
         "Hopper-none": (0, 20),
         "Hopper-clip-0.2": (60, 110),

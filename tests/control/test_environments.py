@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -202,6 +203,25 @@ def test_envpool() -> None:
     assert sum(int(step.terminated.sum()) for step in steps) >= 4
     assert sum(int(step.is_reset.sum()) for step in steps) >= 4
     rows.close()
+
+
+def test_a_module_may_bring_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_tasks.py").write_text(
+        "import gymnasium\nfrom gymnasium.envs.classic_control import CartPoleEnv\n"
+        "gymnasium.register('MyPole-v0', entry_point=CartPoleEnv, max_episode_steps=9)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows = make_environments("my_tasks:MyPole-v0", 1)
+    assert rows.num_inputs == 4
+    gym.registry.pop("MyPole-v0")
+
+
+def test_mujocos_warnings_are_pythons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="MuJoCo: .*settotalmass"):
+        make_environments("HalfCheetah-v5", 1).close()
+    assert "settotalmass" not in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_mistakes() -> None:

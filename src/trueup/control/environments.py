@@ -14,6 +14,7 @@ cut it, and the value of the state that was left still counts.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -251,6 +252,8 @@ def make_environment(name: str, **arguments: Any) -> Any:
     """
     gymnasium = require_extra("gymnasium", "control")
     try:
+        if "mujoco" in str(getattr(gymnasium.registry.get(name), "entry_point", "")):
+            warn_once_of_mujoco()
         return gymnasium.make(name, disable_env_checker=True, **arguments)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         raise DataError(
@@ -258,6 +261,12 @@ def make_environment(name: str, **arguments: Any) -> Any:
             where=name,
             way_out="`python -c 'import gymnasium; gymnasium.pprint_registry()'` lists what there is",
         ) from error
+
+
+def warn_once_of_mujoco() -> None:
+    """MuJoCo's warnings as Python's, which come once: its own go to stderr and into a file with every environment."""
+    mujoco = require_extra("mujoco", "control")
+    mujoco.set_mju_user_warning(lambda text: warnings.warn(f"MuJoCo: {text}", stacklevel=2))
 
 
 def make_environments(name: str, num_rows: int, vectorization: Vectorization = "local") -> Environments:

@@ -8,7 +8,7 @@ from typing import Any
 
 from trueup.control.agent import Agent
 from trueup.control.dqn import train_dqn, value_network
-from trueup.control.environments import Environments, LocalEnvironments, make_environments
+from trueup.control.environments import Environments, LocalEnvironments, Vectorization, make_environments
 from trueup.control.learner import ControlResult, Learner, RandomNumbers, Training
 from trueup.control.normalization import ObservationScale
 from trueup.control.on_policy import policy_network, train_on_policy
@@ -27,12 +27,13 @@ def train(settings: ControlSettings, *, make: Callable[[], Any] | None = None) -
     the user can mend, and ``KeyboardInterrupt`` after an interrupt, once the step is saved.
     """
 
-    def environments(rows: int) -> Environments:
-        if make is not None:
-            return LocalEnvironments(make, rows)
-        return make_environments(settings.env, rows, settings.vectorization)
+    # What evaluates steps all environments at once and is soon done: a process for each would take longer to start.
+    evaluated_in = "envpool" if settings.vectorization == "envpool" else "local"
 
-    rows = environments(len(settings.seeds) * settings.num_envs)
+    def environments(rows: int, vectorization: Vectorization) -> Environments:
+        return make_environments(settings.env, rows, vectorization) if make is None else LocalEnvironments(make, rows)
+
+    rows = environments(len(settings.seeds) * settings.num_envs, settings.vectorization)
     try:
         folder = open_folder(settings.output, settings, may_change=MAY_CHANGE)
         seed_everything(settings.seeds[0])
@@ -48,7 +49,7 @@ def train(settings: ControlSettings, *, make: Callable[[], Any] | None = None) -
             learner=Learner(network, settings),
             agent=Agent(settings.env, settings.algorithm, settings.seeds, rows.actions, network, scale),
             random=RandomNumbers(settings.seeds),
-            make=environments,
+            make=lambda number: environments(number, evaluated_in),
         )
         learn(training)
         return training.result()
