@@ -205,6 +205,12 @@ def test_every_preset_is_valid(algorithm: Any, env: str) -> None:
     assert ControlSettings(**{"env": "X-v0", "algorithm": algorithm} | preset(algorithm, env)).algorithm == algorithm
 
 
+@pytest.mark.parametrize("env", ["CartPole-v1", "LunarLander-v3", "HalfCheetah-v5"])
+@pytest.mark.parametrize("surrogate", ["none", "clip", "kl", "adaptive_kl"])
+def test_every_surrogate_goes_with_every_preset(surrogate: Any, env: str) -> None:
+    assert ControlSettings(**preset("ppo", env) | {"env": env, "surrogate": surrogate}).surrogate == surrogate
+
+
 def test_mistakes_leave_no_run_behind(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Nowhere"):
         train(settings(tmp_path / "run", env="Nowhere-v0"))

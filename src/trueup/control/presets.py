@@ -57,7 +57,6 @@ ENVIRONMENTS: dict[tuple[str, str], dict[str, Any]] = {
         "gamma": 0.98,
         "gae_lambda": 0.8,
         "learning_rate": 1e-3,
-        "clip_schedule": "linear",
         "total_steps": 100_000,
     },
     ("ppo", "LunarLander"): {

@@ -13,7 +13,7 @@ class RecordSettings:
     """What a run writes, and how it goes on."""
 
     eval_every: int | None = None
-    """Evaluate every this many steps; always at step 0 and at the end, if there is held-out data."""
+    """Evaluate every this many steps; with something to evaluate by, always at step 0 and at the end."""
     save_every: int | None = None
     """Write a checkpoint every this many steps; always at the end."""
     keep_checkpoints: int = 2
