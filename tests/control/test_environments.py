@@ -190,15 +190,15 @@ def test_seeds_that_are_given_at_the_making() -> None:
         def close(self) -> None: ...
 
     rows = VectorEnvironments(SeededLater(Pool, 2))
-    assert rows.reset([7, 9]).tolist() == [[7], [9]]
+    assert rows.reset([7, 2**31 + 9]).tolist() == [[7], [9]]
     assert rows.step(np.array([[1], [0]])).rewards.tolist() == [1, 0]
 
 
 def test_envpool() -> None:
     pytest.importorskip("envpool")
     rows = make_environments("CartPole-v1", 2, "envpool")
-    first = rows.reset([3, 4])
-    assert rows.reset([3, 4]).tolist() == first.tolist()
+    first = rows.reset([3, 2**32 - 1])
+    assert rows.reset([3, 2**32 - 1]).tolist() == first.tolist()
     steps = [rows.step(np.ones((2, 1))) for _ in range(40)]
     assert sum(int(step.terminated.sum()) for step in steps) >= 4
     assert sum(int(step.is_reset.sum()) for step in steps) >= 4

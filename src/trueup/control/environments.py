@@ -304,7 +304,7 @@ class SeededLater:
         self.single_action_space = self.pool.action_space
 
     def reset(self, seed: list[int]) -> tuple[np.ndarray, Any]:
-        self.pool = self.make(seed)
+        self.pool = self.make([number % 2**31 for number in seed])  # it takes no larger ones
         return self.pool.reset()
 
     def step(self, actions: np.ndarray) -> Any:
