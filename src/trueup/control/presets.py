@@ -86,15 +86,13 @@ ENVIRONMENTS: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("dqn", "LunarLander"): {
         "total_steps": 300_000,
-        "learning_rate": 6e-4,
-        "hidden": (256, 256),
-        "minibatch_size": 128,
-        "train_every": 4,
-        "target_every": 1000,
-        "exploration_last": 0.05,
-        "exploration_share": 0.2,
-        "buffer_size": 100_000,
+        "learning_rate": 5e-4,
         "lr_schedule": "linear",
+        "minibatch_size": 64,
+        "n_step": 3,
+        "updates_per_round": 4,
+        "buffer_size": 100_000,
+        "exploration_share": 0.1,
     },
 }
 """By algorithm and the environment's name without its version."""
