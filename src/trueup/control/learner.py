@@ -30,6 +30,9 @@ from trueup.runs.session import Session
 _LAST = 100
 """Episodes that the running return is the mean of."""
 
+_EVALUATION_SEED = 1_000_000
+"""Evaluations begin with the same episodes, which are none of training's."""
+
 
 class Learner:
     """One optimiser over the parameters of all runs; each run's gradient is clipped by itself."""
@@ -207,10 +210,6 @@ class Training:
         assert checkpoint is not None  # the last step always writes one
         metrics = self.evaluated or read_metrics(self.session.folder.metrics)[-1]
         return ControlResult(self.session.folder.path, checkpoint / "model", dict(metrics))
-
-
-_EVALUATION_SEED = 1_000_000
-"""Evaluations begin with the same episodes, which are none of training's."""
 
 
 def averages(by_run: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> dict[str, float]:
