@@ -17,11 +17,13 @@ PAGES = [
         *("preference", "preference_losses", "pointwise", "reference_free"),
     )
 ]
+PAGES += ["mdp", "control", *sorted(f"classical/{page.stem}" for page in (DOCS / "classical").glob("[0-9]*.md"))]
 BLOCK = re.compile(r"```python\n(?P<code>.*?)```(?:\n\n```text\n(?P<output>.*?)```)?", re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [*PAGES, "mdp"])
-def test_snippets(page: str) -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_snippets(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where runs are written
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
     assert blocks
