@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from control import BATCHES, RESULTS, SURROGATES, TABLE1, Job
-from trueup.control.learner import half_interval
+from trueup.runs.sampled import mean_interval
 
 SIDES = {"trueup": "trueup", "cleanrl": "CleanRL"}
 PUBLISHED = {"none": -0.39, "clip-0.2": 0.82, "adaptive-kl-0.01": 0.74, "kl-1": 0.71}
@@ -48,11 +48,10 @@ def summary() -> Iterator[str]:
                 for what in ("return_100", "eval_return"):
                     scores = [run[what] for run in runs if what in run]
                     if scores:
-                        half = f"± {half_interval(scores):,.1f}" if len(scores) > 1 else ""
+                        mean, _, high = mean_interval(scores)
+                        half = f"± {high - mean:,.1f}" if len(scores) > 1 else ""
                         own = ", ".join(f"{score:,.1f}" for score in scores)
-                        yield (
-                            f"{job.batch:9} {job.name:40} {side:8} {what:12} {np.mean(scores):10,.1f} {half:10} ({own})"
-                        )
+                        yield (f"{job.batch:9} {job.name:40} {side:8} {what:12} {mean:10,.1f} {half:10} ({own})")
 
 
 def table1() -> Iterator[str]:
@@ -99,10 +98,8 @@ def draw(jobs: list[Job], file: Path) -> None:
             values = np.array([np.interp(steps, curve[:, 0], curve[:, 1]) for curve in curves])
             (line,) = panel.plot(steps, values.mean(0), label=f"{label}, {len(curves)} seeds")
             if len(curves) > 1:
-                half = np.array([half_interval(column) for column in values.T])
-                panel.fill_between(
-                    steps, values.mean(0) - half, values.mean(0) + half, alpha=0.2, color=line.get_color()
-                )
+                _, low, high = np.transpose([mean_interval(column) for column in values.T])
+                panel.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
         panel.set(title=job.name if job.batch == "discrete" else job.env, xlabel="steps in the environment")
         panel.grid(alpha=0.3)
         panel.legend(frameon=False, fontsize="small")

@@ -115,7 +115,8 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     last = [line for line in recorded if "policy_loss" in line][-1]
     assert {
         "return_100",
-        "return_100_interval",
+        "return_100_low",
+        "return_100_high",
         "return_100/3",
         "return_100/5",
         "kl",

@@ -104,6 +104,7 @@ def test_mean_interval_of_single_samples_is_students():
     values = np.random.default_rng(0).normal(3, 2, 17)
     expected = stats.t.interval(0.9, 16, loc=values.mean(), scale=stats.sem(values))
     assert mean_interval(values, np.arange(17), 0.9) == pytest.approx((values.mean(), *expected), rel=1e-12)
+    assert mean_interval(values, level=0.9) == mean_interval(values, np.arange(17), 0.9)
 
 
 def test_mean_interval_of_equal_groups_is_that_of_their_means():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trueup.control.presets import preset
 from trueup.control.settings import ControlSettings
 from trueup.errors import DataError, ModelError, SettingsError, require_extra
-from trueup.runs.settings import check_range, given_value
+from trueup.runs.settings import check_range, given_value, values_from_yaml
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,21 +95,18 @@ def train(settings: ControlSettings) -> None:
     result = train_agents(settings)
     print(f"run {result.folder}, agent {result.agent_folder}")
     if "eval_return" in result.metrics:
-        interval = result.metrics.get("eval_return_interval")
-        spread = "" if interval is None else f" ± {interval:.1f} (95 % interval over {len(settings.seeds)} seeds)"
-        print(f"mean return of {settings.eval_episodes} episodes: {result.metrics['eval_return']:.1f}{spread}")
+        mean, high = (result.metrics.get(name, math.nan) for name in ("eval_return", "eval_return_high"))
+        spread = f" ± {high - mean:.1f} (95 % interval over {len(settings.seeds)} seeds)" if math.isfinite(high) else ""
+        print(f"mean return of {settings.eval_episodes} episodes: {mean:.1f}{spread}")
 
 
 def evaluate(settings: EvalSettings) -> None:
     """Print a line for each agent."""
-    import numpy as np
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
+    from trueup.cli.mdp_process import show, table_of
     from trueup.control.environments import make_environments
     from trueup.control.evaluation import evaluate as play
     from trueup.runs.progress import RunProgress
+    from trueup.runs.sampled import mean_interval
 
     agent = load_agent(settings.run)
     env = settings.env or agent.env
@@ -122,16 +120,14 @@ def evaluate(settings: EvalSettings) -> None:
             sample=settings.sample,
             progress=lambda number: progress.step(num_steps=number) if number else None,
         )
-    table = Table("seed", box=box.SIMPLE_HEAD)
-    for name in ("mean return", "± (95 %)", "spread", "lowest", "highest", "mean length"):
-        table.add_column(name, justify="right")
+    table = table_of("seed", "mean return", "± (95 %)", "spread", "lowest", "highest", "mean length")
     for seed, returns, lengths in zip(agent.seeds, outcome.returns, outcome.lengths, strict=True):
-        half = 1.96 * returns.std(ddof=1) / np.sqrt(len(returns)) if len(returns) > 1 else np.nan
-        numbers = (returns.mean(), half, returns.std(), returns.min(), returns.max(), lengths.mean())
+        mean, _, high = mean_interval(returns)
+        numbers = (mean, high - mean, returns.std(), returns.min(), returns.max(), lengths.mean())
         table.add_row(str(seed), *(f"{number:,.1f}" for number in numbers))
     way = "drawn from the policy" if settings.sample else "the best action"
     print(f"{env}: {agent.algorithm}, {settings.episodes} episodes of each agent, {way}")
-    Console(highlight=False).print(table)
+    show(table)
 
 
 def watch(settings: WatchSettings) -> None:
@@ -213,8 +209,8 @@ def load_agent(name: str) -> Agent:
 
     path = Path(name)
     if not path.is_dir():
-        runs = sorted(Path("runs").glob("*/config.yaml"), key=lambda config: config.stat().st_mtime)
-        found = [run.parent for run in runs if f"env: {name}\n" in run.read_text(encoding="utf-8")]
+        configs = sorted(Path("runs").glob("*/config.yaml"), key=lambda config: config.stat().st_mtime)
+        found = [config.parent for config in configs if values_from_yaml(config.read_text()).get("env") == name]
         if not found:
             raise ModelError(
                 "is neither a run folder nor an environment that a run in runs/ learned",

@@ -195,12 +195,11 @@ def show_found(found: Mapping[str, Found], highest: float, settings: LearnSettin
 
 
 def interval(sample: np.ndarray) -> str:
-    """The mean with its 95 % interval by Student's t."""
-    import numpy as np
-    from scipy import stats
+    """The mean with its 95 % interval."""
+    from trueup.runs.sampled import mean_interval
 
-    half = stats.t.ppf(0.975, len(sample) - 1) * sample.std(ddof=1) / np.sqrt(len(sample))
-    return f"{sample.mean():.5g} ± {rounded(half)}"
+    mean, _, high = mean_interval(sample)
+    return f"{mean:.5g} ± {rounded(high - mean)}"
 
 
 def figure_of(

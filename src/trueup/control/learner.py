@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 from trueup.control.agent import Agent
@@ -25,6 +24,7 @@ from trueup.control.settings import ControlSettings
 from trueup.errors import NonFiniteError
 from trueup.runs.checkpoint import latest_checkpoint
 from trueup.runs.folder import read_metrics
+from trueup.runs.sampled import with_interval
 from trueup.runs.session import Session
 
 _LAST = 100
@@ -213,20 +213,15 @@ class Training:
 
 
 def averages(by_run: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> dict[str, float]:
-    """Of one run its numbers. Of several: means, each run's own as ``name/seed``, and half of the 95 % interval of mean
-    returns as ``name_interval``."""
+    """Of one run its numbers. Of several: means; of returns each run's own too, as ``name/seed``, and the mean's 95 %
+    interval."""
     if len(seeds) == 1:
         return {name: values[0] for name, values in by_run.items()}
     record: dict[str, float] = {}
     for name, values in by_run.items():
-        record[name] = float(np.mean(values))
         if "return" in name:
-            record[f"{name}_interval"] = half_interval(values)
+            record |= with_interval(name, values)
             record |= {f"{name}/{seed}": value for seed, value in zip(seeds, values, strict=True)}
+        else:
+            record[name] = float(np.mean(values))
     return record
-
-
-def half_interval(values: Sequence[float], level: float = 0.95) -> float:
-    """Half the width of Student's interval of a mean: t · s/√n, of n ≥ 2 independent values."""
-    quantile = stats.t.ppf((1 + level) / 2, len(values) - 1)
-    return float(quantile * np.std(values, ddof=1) / len(values) ** 0.5)

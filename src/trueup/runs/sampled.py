@@ -72,7 +72,9 @@ def pass_at_k_metrics(num_samples: ArrayLike, num_correct: ArrayLike, ks: Iterab
     return metrics
 
 
-def mean_interval(values: ArrayLike, prompts: ArrayLike, level: float = 0.95) -> tuple[float, float, float]:
+def mean_interval(
+    values: ArrayLike, prompts: ArrayLike | None = None, level: float = 0.95
+) -> tuple[float, float, float]:
     """Mean of the values of all samples, and its interval, whatever the values' range: (mean, low, high).
 
         ȳ ± t_{P−1} · se,      se² = P/(P − 1) · Σ_p (Σ_{i∈p} (y_i − ȳ))² / N²
@@ -81,13 +83,14 @@ def mean_interval(values: ArrayLike, prompts: ArrayLike, level: float = 0.95) ->
     prompt it is the interval of the mean of the prompts' means. The ends are NaN with one prompt, of which nothing can
     be learned about others.
 
-    ``values``: [N]; ``prompts``: [N], equal for samples of one prompt. Raises ``ValueError`` for no values, unequal
-    shapes and a level outside (0, 1). Source: ratio estimator over clusters, Cochran 1977, "Sampling Techniques", ch. 6
-    and 9A.
+    ``values``: [N]; ``prompts``: [N], equal for samples of one prompt. None: each stands for itself, which gives
+    Student's interval of a mean. Raises ``ValueError`` for no values, unequal shapes and a level outside (0, 1).
+    Source: ratio estimator over clusters, Cochran 1977, "Sampling Techniques", ch. 6 and 9A.
     """
     from scipy.special import stdtrit  # slow to import, and this module is read by commands that don't need it
 
-    y, names = np.asarray(values, dtype=np.float64), np.asarray(prompts)
+    y = np.asarray(values, dtype=np.float64)
+    names = np.arange(len(y)) if prompts is None else np.asarray(prompts)
     if y.ndim != 1 or len(y) == 0 or y.shape != names.shape:
         raise ValueError(f"a list of values and the prompt of each are needed, not {y.shape} and {names.shape}")
     if not 0 < level < 1:
@@ -99,3 +102,9 @@ def mean_interval(values: ArrayLike, prompts: ArrayLike, level: float = 0.95) ->
     error = math.sqrt(len(sums) / (len(sums) - 1) * float((sums**2).sum())) / len(y)
     half = float(stdtrit(len(sums) - 1, (1 + level) / 2)) * error
     return mean, mean - half, mean + half
+
+
+def with_interval(name: str, values: ArrayLike, prompts: ArrayLike | None = None) -> dict[str, float]:
+    """The mean, and where its 95 % interval begins and ends: ``name``, ``name_low``, ``name_high``."""
+    names = (name, f"{name}_low", f"{name}_high")
+    return dict(zip(names, mean_interval(values, prompts), strict=True))

@@ -6,7 +6,7 @@ import numpy as np
 
 from trueup.rewards.samples import plain
 from trueup.runs.progress import RunProgress
-from trueup.runs.sampled import mean_interval, pass_at_k_metrics
+from trueup.runs.sampled import pass_at_k_metrics, with_interval
 from trueup.trainers.players import Players
 from trueup.trainers.policy_inputs import PolicyInputs
 from trueup.trainers.policy_settings import PolicySettings
@@ -58,9 +58,3 @@ def evaluate_policy(
         step,
     )
     return metrics
-
-
-def with_interval(name: str, values: np.ndarray, prompts: np.ndarray) -> dict[str, float]:
-    """The mean, and where its 95 % interval begins and ends."""
-    names = (name, f"{name}_low", f"{name}_high")
-    return dict(zip(names, mean_interval(values, prompts), strict=True))
