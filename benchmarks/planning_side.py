@@ -61,8 +61,14 @@ def mdptoolbox(ready: Ready) -> Callable[[], np.ndarray]:
     from hiive.mdptoolbox.mdp import ValueIteration
 
     transitions, rewards = ready
+    class WithoutBound(ValueIteration):
+        """Its bound of the number of iterations takes time quadratic in the states: most of an hour for 100,000."""
+
+        def _boundIter(self, epsilon: float) -> None:  # noqa: N802 (the library's name)
+            del epsilon
+
     of_actions = [sparse.csr_matrix(transitions[action::NUM_ACTIONS]) for action in range(NUM_ACTIONS)]
-    solver: Any = ValueIteration(of_actions, rewards, GAMMA, epsilon=TOLERANCE, max_iter=100_000, skip_check=True)
+    solver: Any = WithoutBound(of_actions, rewards, GAMMA, epsilon=TOLERANCE, max_iter=100_000, skip_check=True)
 
     def solve() -> np.ndarray:
         # It stops once all values change by the same amount, with the right policy and values that are off by a
