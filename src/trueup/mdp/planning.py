@@ -81,7 +81,8 @@ def modified_policy_iteration(
 def _improve(
     mdp: TabularMDP, tolerance: float, max_sweeps: int, max_evaluations: int, progress: Progress | None
 ) -> Solution:
-    v, policy = np.zeros(mdp.num_states), np.full(mdp.num_states, -1)
+    v = mdp.expected_rewards.max(-1)  # T 0, which takes no transitions
+    policy = np.full(mdp.num_states, -1)
     chain: tuple[Rows, np.ndarray] | None = None
     for sweep in range(1, max_sweeps + 1):
         q = values_of_actions(mdp, v)
