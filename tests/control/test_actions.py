@@ -27,9 +27,14 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def parameters_of(space: ActionSpace, seed: int) -> Parameters:
+def outputs_of(space: ActionSpace, seed: int) -> tuple[Tensor, ...]:
+    """Outputs of a network, and log σ where there is one."""
     outputs = normal(RUNS, BATCH, space.num_outputs, seed=seed)
     return (outputs, 0.5 * normal(RUNS, 1, space.size, seed=seed + 100)) if space.has_spread else (outputs,)
+
+
+def parameters_of(space: ActionSpace, seed: int) -> Parameters:
+    return space.parameters(*outputs_of(space, seed))
 
 
 def actions_of(space: ActionSpace, seed: int) -> Tensor:
@@ -56,10 +61,11 @@ def test_goldens() -> None:
     """π = (¼, ¾) with a coin beside it; N(1, 2²) at 3, one standard deviation off."""
     coin = Choices((2, 2), (0, 0), single=False)
     logits = torch.tensor([[0.0, math.log(3), 5.0, 5.0]], dtype=torch.float64)
-    assert coin.logprobs((logits,), torch.tensor([[1.0, 0.0]])).item() == pytest.approx(math.log(3 / 8))
-    assert coin.entropy((logits,)).item() == pytest.approx(math.log(4) - 0.75 * math.log(3) + math.log(2))
-    flat = (torch.zeros_like(logits),)
-    assert coin.kl(flat, (logits,)).item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+    at = coin.parameters(logits)
+    assert coin.logprobs(at, torch.tensor([[1.0, 0.0]])).item() == pytest.approx(math.log(3 / 8))
+    assert coin.entropy(at).item() == pytest.approx(math.log(4) - 0.75 * math.log(3) + math.log(2))
+    flat = coin.parameters(torch.zeros_like(logits))
+    assert coin.kl(flat, at).item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
     line = Gaussian(np.array([-9.0]), np.array([9.0]), (1,))
     at = torch.tensor([[1.0]], dtype=torch.float64), torch.tensor([[math.log(2)]], dtype=torch.float64)
     expected = -0.5 - math.log(2) - 0.5 * math.log(2 * math.pi)
@@ -88,7 +94,8 @@ def test_logprobs_entropy_and_kl_are_those_of_torch(space: ActionSpace, seed: in
 @pytest.mark.parametrize("parts", [("logprobs",), ("entropy",), ("kl",), ("logprobs", "entropy", "kl")])
 def test_derivatives_are_autograds(space: ActionSpace, parts: tuple[str, ...]) -> None:
     """Of a weighted sum of log-probs, entropies and KLs, each state with weights of its own."""
-    parameters = tuple(x.requires_grad_() for x in parameters_of(space, 0))
+    outputs = tuple(x.requires_grad_() for x in outputs_of(space, 0))
+    parameters = space.parameters(*outputs)
     old, actions = parameters_of(space, 1), actions_of(space, 0)
     weights = {name: normal(RUNS, BATCH, seed=7 + index) for index, name in enumerate(("logprobs", "entropy", "kl"))}
     values = {
@@ -97,7 +104,7 @@ def test_derivatives_are_autograds(space: ActionSpace, parts: tuple[str, ...]) -
         "kl": space.kl(old, parameters),
     }
     loss = sum((weights[name] * values[name]).sum() for name in parts)
-    expected = torch.autograd.grad(loss, parameters, allow_unused=True)
+    expected = torch.autograd.grad(loss, outputs, allow_unused=True)
     with torch.no_grad():
         found = space.derivatives(
             parameters,
@@ -107,9 +114,9 @@ def test_derivatives_are_autograds(space: ActionSpace, parts: tuple[str, ...]) -
             by_kl=weights["kl"] if "kl" in parts else None,
             old=old,
         )
-    assert len(found) == len(parameters)
-    for parameter, one, other in zip(parameters, found, expected, strict=True):
-        assert one.shape == parameter.shape
+    assert len(found) == len(outputs)
+    for output, one, other in zip(outputs, found, expected, strict=True):
+        assert one.shape == output.shape
         assert_same(one, torch.zeros_like(one) if other is None else other)
 
 

@@ -13,10 +13,11 @@ from trueup.control.actions import ActionSpace, Choices, Gaussian
 from trueup.control.agent import Agent
 from trueup.control.environments import LocalEnvironments
 from trueup.control.networks import Network
-from trueup.control.on_policy import Batch, Surrogate, at, judge, policy_network
+from trueup.control.on_policy import judge, policy_network
 from trueup.control.presets import preset
 from trueup.control.rollout import Collector
 from trueup.control.settings import ControlSettings
+from trueup.control.surrogates import Batch, Surrogate, at
 from trueup.control.train import train
 from trueup.mdp import exact, planning
 from trueup.mdp.generators import random_mdp
@@ -46,8 +47,8 @@ def network_and_batch(actions: ActionSpace, chosen: ControlSettings, *, masked: 
     noise = actions.noise(np.random.default_rng(0), (RUNS, STEPS))
     log_std = network.arrays.get("log_std")
     taken = torch.from_numpy(actions.act(network.act(observations.numpy()), noise, log_std).astype(np.float32))
-    parameters, values = at(network, observations)
-    old = tuple(x + 0.3 * torch.randn_like(x) for x in parameters)
+    parameters, values = at(network, actions, observations)
+    old = actions.parameters(*(x + 0.3 * torch.randn_like(x) for x in parameters))
     batch = Batch(
         observations=observations,
         actions=taken,
@@ -109,11 +110,12 @@ def test_the_gradient_is_that_of_the_objectives(changes: dict[str, Any], actions
 
     flat = network.flat.clone().requires_grad_()
     outputs = autograd_outputs(network, flat, batch.observations)
-    parameters = (outputs[0], outputs[-1]) if actions.has_spread else (outputs[0],)
-    apart = actions.kl(batch.old_parameters, parameters)
-    loss = surrogate.policy_loss(actions.logprobs(parameters, batch.actions), apart, batch)
+    parameters = actions.parameters(outputs[0], outputs[-1])
+    loss = surrogate.policy_loss(actions.logprobs(parameters, batch.actions), batch)
+    if surrogate.penalizes:
+        loss = loss + surrogate.kl_coef * actions.kl(batch.old_parameters, parameters)
     if chosen.baseline:
-        loss = loss + chosen.value_coef * surrogate.value_loss(batch, outputs[1].squeeze(-1))
+        loss = loss + chosen.value_coef * surrogate.value_loss(outputs[1].squeeze(-1), batch)
     loss = loss - chosen.entropy_coef * actions.entropy(parameters)
     sequence_mean(loss, batch.mask, denominator=1).backward()
 
@@ -244,9 +246,9 @@ def test_values_are_those_of_the_policy(process: Any, tmp_path: Path) -> None:
         quiet=True,
     )
     result = train(chosen, make=process(mdp))
-    network = Agent.load(result.agent_folder).network
-    (logits,), values = at(network, torch.eye(6)[None])
-    policy = torch.softmax(logits[0].double(), -1).numpy()
+    agent = Agent.load(result.agent_folder)
+    (logprobs,), values = at(agent.network, agent.actions, torch.eye(6)[None])
+    policy = torch.softmax(logprobs[0].double(), -1).numpy()
     truth = exact.values(mdp, policy)
     visited = exact.occupancy(mdp, policy, discounted=False) * ~mdp.terminal
     visited /= visited.sum()

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from trueup.objectives import derivatives, value
 from trueup.objectives import policy_gradient as pg
+from trueup.objectives.divergence import categorical_kl
+from trueup.objectives.gaussian import gaussian_entropy, gaussian_kl, gaussian_logprobs
+from trueup.objectives.logprobs import entropy, token_logprobs
 
 
 def t(*numbers: float) -> Tensor:
@@ -41,7 +44,7 @@ sizes = st.floats(0.01, 3)
 
 
 def test_surrogates_golden() -> None:
-    assert derivatives.reinforce(t(2, -3)).tolist() == [-2, 3]
+    assert derivatives.reinforce(t(-1, -1), t(2, -3)).tolist() == [-2, 3]
     assert derivatives.surrogate(t(0.5, 2), t(4, -3)).tolist() == [-2, 6]
     # clipped at ½ and 2: no derivative beyond the range in the direction of the advantage, −ρ·A elsewhere
     ratios = t(0.25, 1, 4)
@@ -71,7 +74,9 @@ def test_value_losses_golden() -> None:
 @SEEDS
 def test_reinforce(seed: int) -> None:
     logprobs, advantages = normal(2, 5, 7, seed=seed)
-    assert_same(derivatives.reinforce(advantages), by_autograd(lambda x: pg.reinforce(x, advantages), logprobs))
+    assert_same(
+        derivatives.reinforce(logprobs, advantages), by_autograd(lambda x: pg.reinforce(x, advantages), logprobs)
+    )
 
 
 @SEEDS
@@ -158,6 +163,64 @@ def test_huber_value_loss(delta: float, seed: int) -> None:
     assert found.abs().max() == delta
 
 
+PARTS = [("logprobs",), ("entropy",), ("kl",), ("logprobs", "entropy", "kl")]
+
+
+def weights_of(parts: tuple[str, ...], *shape: int) -> dict[str, Tensor | None]:
+    """Derivatives of a loss by log-probs, entropy and KL: any, of each row its own; None of what isn't part of it."""
+    some = dict(zip(("logprobs", "entropy", "kl"), normal(3, *shape, seed=7), strict=True))
+    by = {f"by_{name}": weight if name in parts else None for name, weight in some.items()}
+    return by | {"by_logprobs": some["logprobs"] * ("logprobs" in parts)}
+
+
+def weighed(by: dict[str, Tensor | None], logprobs: Tensor, entropies: Tensor, kl: Tensor) -> Tensor:
+    values = {"by_logprobs": logprobs, "by_entropy": entropies, "by_kl": kl}
+    return sum(((by[name] * values[name]).sum() for name in by if by[name] is not None), torch.zeros(()))
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_softmax(parts: tuple[str, ...]) -> None:
+    logits, old = normal(2, 3, 5, 4, seed=0)
+    targets = torch.randint(4, (3, 5), generator=torch.Generator().manual_seed(1))
+    by, old_logprobs = weights_of(parts, 3, 5), old.log_softmax(-1)
+    found = derivatives.softmax(logits.log_softmax(-1), targets, **by, old_logprobs=old_logprobs)
+
+    def loss(z: Tensor) -> Tensor:
+        kl = categorical_kl(old_logprobs, z.log_softmax(-1))
+        return weighed(by, token_logprobs(z, targets), entropy(z), kl)
+
+    assert_same(found, by_autograd(loss, logits))
+
+
+def test_softmax_golden() -> None:
+    """p = (¼, ¾): towards the first, 1 − p; the entropy's derivative is −p·(log p + H)."""
+    logprobs, one = t(0.25, 0.75).log(), torch.tensor(1.0, dtype=torch.float64)
+    found = derivatives.softmax(logprobs, torch.tensor(0), by_logprobs=one)
+    torch.testing.assert_close(found, t(0.75, -0.75))
+    found = derivatives.softmax(logprobs, torch.tensor(0), by_logprobs=0 * one, by_entropy=one)
+    pull = 0.25 * 0.75 * math.log(3)  # towards even odds
+    torch.testing.assert_close(found, t(pull, -pull))
+    even = t(0.5, 0.5).log()
+    found = derivatives.softmax(logprobs, torch.tensor(0), by_logprobs=0 * one, by_kl=one, old_logprobs=even)
+    torch.testing.assert_close(found, t(-0.25, 0.25))
+
+
+@pytest.mark.parametrize("rows", [5, 1], ids=["a spread each", "one spread for all"])
+@pytest.mark.parametrize("parts", PARTS)
+def test_gaussian(parts: tuple[str, ...], rows: int) -> None:
+    mean, old_mean, values = normal(3, 2, 5, 4, seed=0)
+    log_std, old_log_std = 0.5 * normal(2, 2, rows, 4, seed=1)
+    by = weights_of(parts, 2, 5)
+    found = derivatives.gaussian(mean, log_std, values, **by, old=(old_mean, old_log_std))
+
+    def loss(mean: Tensor, log_std: Tensor) -> Tensor:
+        kl = gaussian_kl(old_mean, old_log_std, mean, log_std)
+        return weighed(by, gaussian_logprobs(mean, log_std, values), gaussian_entropy(log_std).expand(2, 5), kl)
+
+    assert_same(found[0], by_autograd(lambda x: loss(x, log_std) + 0 * x.sum(), mean))
+    assert_same(found[1], by_autograd(lambda x: loss(mean, x) + 0 * x.sum(), log_std))
+
+
 def apart(one: float, other: float) -> bool:
     """Whether a loss has one branch there in floating point too."""
     return abs(one - other) > 1e-9
@@ -185,6 +248,10 @@ def test_clipped_surrogate_anywhere(log_ratio: float, advantage: float, low: flo
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="clip can't be negative"):
         derivatives.clipped_value_loss(t(0), t(0), t(0), clip=-1.0)
+    with pytest.raises(ValueError, match="by_kl needs old_logprobs"):
+        derivatives.softmax(t(0, 0), torch.tensor(0), by_logprobs=t(0)[0], by_kl=t(0)[0])
+    with pytest.raises(ValueError, match="by_kl needs old"):
+        derivatives.gaussian(t(0), t(0), t(0), by_logprobs=t(0)[0], by_kl=t(0)[0])
     for delta in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="delta has to be positive"):
             derivatives.huber_value_loss(t(0), t(0), delta=delta)

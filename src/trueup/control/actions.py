@@ -2,14 +2,16 @@
 
 Two kinds cover Gymnasium's spaces. ``Choices``: one or several independent categorical choices (``Discrete``,
 ``MultiDiscrete``). ``Gaussian``: real numbers (``Box``), normally distributed with a spread that doesn't depend on the
-state. What a network puts out and the parameters beside it are the distribution's *parameters*, a tuple of tensors.
+state. What defines a distribution are its *parameters*, a tuple of tensors; ``parameters`` makes them of a network's
+outputs.
 
-Acting is NumPy, on outputs [..., A] and noise drawn beforehand; learning is torch, on the same numbers.
+Acting is NumPy, on outputs [..., A] and noise drawn beforehand; learning is torch, on parameters.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +22,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trueup.errors import DataError
+from trueup.objectives import derivatives
 from trueup.objectives.divergence import categorical_kl
+from trueup.objectives.gaussian import gaussian_entropy, gaussian_kl, gaussian_logprobs
+from trueup.objectives.logprobs import entropy
 
 Parameters = tuple[Tensor, ...]
 
@@ -31,6 +36,7 @@ class Choices:
 
         π(a|s) = Π_k softmax(z_k)[a_k]
 
+    Parameters: the log-probs of all options, normalised, side by side as the logits are.
     Actions are stored as floats [..., K], counted from 0; the environment gets integers counted from ``starts``.
     """
 
@@ -70,27 +76,23 @@ class Choices:
         whole = actions.astype(np.int64) + np.array(self.starts)
         return whole[..., 0] if self.single else whole
 
+    def parameters(self, outputs: Float[Tensor, "*batch z"], log_std: Tensor | None = None) -> Parameters:
+        return (beside([torch.log_softmax(logits, -1) for logits in self._each(outputs)]),)
+
     def logprobs(self, parameters: Parameters, actions: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
-        chosen = actions.long()
-        each = [
-            torch.log_softmax(parameters[0][..., part], -1).gather(-1, chosen[..., index : index + 1]).squeeze(-1)
-            for index, part in enumerate(self.parts)
-        ]
-        return each[0] if len(each) == 1 else torch.stack(each).sum(0)
+        """Of independent choices the sum of theirs; so are entropy and KL."""
+        places = actions.long()
+        if self.size > 1:
+            places = places + torch.tensor([part.start for part in self.parts])
+        return parameters[0].gather(-1, places).sum(-1)
 
     def entropy(self, parameters: Parameters) -> Float[Tensor, "*batch"]:
-        """H = −Σ_k Σ_a π_k(a)·log π_k(a), in nats."""
-        logs = [torch.log_softmax(parameters[0][..., part], -1) for part in self.parts]
-        return -sum_of([(log.exp() * log).sum(-1) for log in logs])
+        """In nats."""
+        return sum_of(map(entropy, self._each(parameters[0])))
 
     def kl(self, old: Parameters, new: Parameters) -> Float[Tensor, "*batch"]:
-        """KL(old‖new) in nats: that of independent choices is the sum of theirs."""
-        return sum_of(
-            [
-                categorical_kl(torch.log_softmax(old[0][..., part], -1), torch.log_softmax(new[0][..., part], -1))
-                for part in self.parts
-            ]
-        )
+        """KL(old‖new) in nats."""
+        return categorical_kl(old[0], new[0])
 
     def derivatives(
         self,
@@ -101,25 +103,16 @@ class Choices:
         by_kl: Float[Tensor, "*batch"] | None = None,
         old: Parameters = (),
     ) -> tuple[Tensor, ...]:
-        """From a loss's derivatives by log-probs, entropy and KL (of ``old`` from these) to those by the logits.
+        """From a loss's derivatives by log-probs, entropy and KL (of ``old`` from these) to those by the logits."""
+        given = {"by_logprobs": by_logprobs, "by_entropy": by_entropy, "by_kl": by_kl}
+        olds = [None] * self.size if by_kl is None else self._each(old[0])
+        choices = zip(self._each(parameters[0]), actions.long().unbind(-1), olds, strict=True)
+        errors = [derivatives.softmax(one, chosen, **given, old_logprobs=one_old) for one, chosen, one_old in choices]
+        return (beside(errors),)
 
-        ∂log π(a)/∂z = 1_a − π,    ∂H/∂z = −π·(log π + H),    ∂KL(π_old‖π)/∂z = π − π_old
-        """
-        errors = torch.empty_like(parameters[0])
-        chosen = actions.long()
-        for index, part in enumerate(self.parts):
-            logs = torch.log_softmax(parameters[0][..., part], -1)
-            probabilities = logs.exp()
-            error = probabilities * -by_logprobs.unsqueeze(-1)
-            error.scatter_add_(-1, chosen[..., index : index + 1], by_logprobs.unsqueeze(-1))
-            if by_entropy is not None:
-                weighted = probabilities * logs
-                spread = weighted - probabilities * weighted.sum(-1, keepdim=True)
-                error -= by_entropy.unsqueeze(-1) * spread
-            if by_kl is not None:
-                error += by_kl.unsqueeze(-1) * (probabilities - torch.softmax(old[0][..., part], -1))
-            errors[..., part] = error
-        return (errors,)
+    def _each(self, of_all: Float[Tensor, "*batch z"]) -> list[Tensor]:
+        """The part of each choice."""
+        return [of_all[..., part] for part in self.parts]
 
 
 @dataclass(frozen=True)
@@ -128,8 +121,9 @@ class Gaussian:
 
         π(a|s) = Π_k N(a_k; μ_k(s), σ_k²)
 
-    Actions are stored as they were drawn. Only what the environment gets is clipped to its bounds: the log-prob is
-    that of the draw, of which the environment's clipping is a part that the policy doesn't know.
+    Parameters: the means, and log σ of all states. Actions are stored as they were drawn. Only what the environment
+    gets is clipped to its bounds: the log-prob is that of the draw, of which the environment's clipping is a part that
+    the policy doesn't know.
     """
 
     low: np.ndarray
@@ -160,24 +154,22 @@ class Gaussian:
         inside = np.minimum(np.maximum(actions, self.low), self.high)
         return inside if len(self.shape) == 1 else inside.reshape(*actions.shape[:-1], *self.shape)
 
+    def parameters(self, outputs: Float[Tensor, "*batch a"], log_std: Tensor | None = None) -> Parameters:
+        assert log_std is not None
+        return outputs, log_std
+
     def logprobs(self, parameters: Parameters, actions: Float[Tensor, "*batch a"]) -> Float[Tensor, "*batch"]:
-        """Σ_k −½ ((a_k − μ_k)/σ_k)² − log σ_k − ½ log 2π"""
         mean, log_std = parameters
-        scaled = (actions - mean) * torch.exp(-log_std)
-        constant = 0.5 * math.log(2 * math.pi) * self.size
-        return -0.5 * (scaled * scaled).sum(-1) - (log_std.sum(-1) + constant)
+        return gaussian_logprobs(mean, log_std, actions)
 
     def entropy(self, parameters: Parameters) -> Float[Tensor, "*batch"]:
-        """Σ_k log σ_k + ½ log 2πe, in nats, of every state."""
+        """In nats, of every state, though it is the same of all."""
         mean, log_std = parameters
-        return (log_std.sum(-1) + 0.5 * math.log(2 * math.pi * math.e) * self.size).expand(mean.shape[:-1])
+        return gaussian_entropy(log_std).expand(mean.shape[:-1])
 
     def kl(self, old: Parameters, new: Parameters) -> Float[Tensor, "*batch"]:
-        """Σ_k log σ'_k/σ_k + (σ_k² + (μ_k − μ'_k)²)/(2σ'_k²) − ½ of the new (′) from the old policy, in nats."""
-        (mean, log_std), (new_mean, new_log_std) = old, new
-        gap = new_log_std - log_std
-        apart = ((mean - new_mean) * torch.exp(-new_log_std)).square()
-        return (gap + 0.5 * (torch.exp(-2 * gap) + apart) - 0.5).sum(-1)
+        """KL(old‖new) in nats."""
+        return gaussian_kl(*old, *new)
 
     def derivatives(
         self,
@@ -188,33 +180,21 @@ class Gaussian:
         by_kl: Float[Tensor, "s b"] | None = None,
         old: Parameters = (),
     ) -> tuple[Tensor, ...]:
-        """From a loss's derivatives by log-probs, entropy and KL (of ``old`` from these) to those by μ and log σ.
-
-        ∂log π(a)/∂μ = z/σ,    ∂log π(a)/∂log σ = z² − 1,    z = (a − μ)/σ,    ∂H/∂log σ = 1
-        ∂KL(π_old‖π)/∂μ = (μ − μ_old)/σ²,    ∂KL(π_old‖π)/∂log σ = 1 − (σ_old² + (μ − μ_old)²)/σ²
-        """
+        """From a loss's derivatives by log-probs, entropy and KL (of ``old`` from these) to those by μ and log σ."""
         mean, log_std = parameters
-        by_logprobs = by_logprobs.unsqueeze(-1)
-        inverse = torch.exp(-log_std)
-        scaled = (actions - mean) * inverse
-        by_mean = by_logprobs * scaled * inverse
-        by_log_std = (by_logprobs * (scaled * scaled - 1)).sum(-2, keepdim=True)
-        if by_entropy is not None:
-            by_log_std = by_log_std + by_entropy.unsqueeze(-1).sum(-2, keepdim=True)
-        if by_kl is not None:
-            old_mean, old_log_std = old
-            apart = (mean - old_mean) * inverse
-            by_mean = by_mean + by_kl.unsqueeze(-1) * apart * inverse
-            wide = torch.exp(2 * (old_log_std - log_std)) + apart * apart
-            by_log_std = by_log_std + (by_kl.unsqueeze(-1) * (1 - wide)).sum(-2, keepdim=True)
-        return by_mean, by_log_std
+        given = {"by_logprobs": by_logprobs, "by_entropy": by_entropy, "by_kl": by_kl}
+        return derivatives.gaussian(mean, log_std, actions, **given, old=(old[0], old[1]) if old else None)
 
 
 ActionSpace = Choices | Gaussian
 
 
-def sum_of(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+def sum_of(parts: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)
+
+
+def beside(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def action_space(space: Any) -> ActionSpace:

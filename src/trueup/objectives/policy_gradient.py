@@ -113,6 +113,17 @@ def reinforce_discounted(
     return elapsed_discounts.detach() * reinforce(logprobs, advantages)
 
 
+def surrogate(ratio: Float[Tensor, "*batch"], advantages: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """The importance-sampled gain of one policy over another, from the other's steps: L = −ρ·A.
+
+    Without bound: a good action is pushed as far as the optimiser goes, though the steps say little of policies far
+    from the one that took them. Shapes: [...], alike. Raises ``ValueError`` if they differ.
+    Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 6 (Kakade & Langford 2002).
+    """
+    require_same_shape(ratio, advantages=advantages)
+    return -ratio * advantages.detach()
+
+
 def clipped_surrogate(
     ratio: Float[Tensor, "*batch"],
     advantages: Float[Tensor, "*batch"],
@@ -194,8 +205,8 @@ def kl_penalized_surrogate(
     Shapes: [...], alike; β one number, or one for each run or step (broadcast). Raises ``ValueError`` if they differ.
     Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 8.
     """
-    require_same_shape(ratio, advantages=advantages, kl=kl)
-    return kl_coef * kl - ratio * advantages.detach()
+    require_same_shape(ratio, kl=kl)
+    return surrogate(ratio, advantages) + kl_coef * kl
 
 
 def cispo(
