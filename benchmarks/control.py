@@ -198,7 +198,8 @@ def write(path: Path, job: Job, seed: int, **measured: Any) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())
+    aside.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     aside.rename(path)
     print(f"{path.relative_to(ROOT)}: {measured['return_100']}", flush=True)
 

@@ -134,10 +134,12 @@ def train_dqn(training: Training) -> None:
         passed = network.forward(batch.observations)
         values = action_values(passed.outputs)
         taken = torch.from_numpy(np.take_along_axis(values, batch.actions[..., None], -1)[..., 0])
-        by_taken = derivatives.value_loss(taken, targets)
-        if settings.huber_delta is not None:
-            by_taken = derivatives.huber_value_loss(taken, targets, delta=settings.huber_delta)
-        by_taken = by_taken.numpy() * weights / settings.minibatch_size
+        by_taken = (
+            derivatives.value_loss(taken, targets)
+            if settings.huber_delta is None
+            else derivatives.huber_value_loss(taken, targets, delta=settings.huber_delta)
+        ).numpy()
+        by_taken *= weights / settings.minibatch_size
         by_values = np.zeros_like(values)
         np.put_along_axis(by_values, batch.actions[..., None], by_taken[..., None].astype(values.dtype), -1)
         network.backward(passed, by_heads(by_values, len(network.heads)))
@@ -179,7 +181,7 @@ def train_dqn(training: Training) -> None:
 
 
 def exploration(settings: ControlSettings, step: int) -> float:
-    """ε at a step: 1 until learning begins, then along a straight line from the first to the last."""
+    """ε at a step: on a straight line from the first, at step 0, to the last; but 1 until learning begins."""
     if step < settings.learning_starts:
         return 1.0
     done = min(1.0, step / max(1.0, settings.exploration_share * settings.total_steps))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -131,7 +132,9 @@ class Training:
                 self.agent.scale.restore(state["observations"])
             resumed = self.collector.restore(state["collector"])
             if not resumed:
-                self.session.say("these environments can't be brought back to where they were: new episodes begin")
+                warnings.warn(
+                    "these environments can't be brought back to where they were: new episodes begin", stacklevel=2
+                )
             self.recent = [deque(returns, _LAST) for returns in state["recent"]]
             self.num_episodes = state["num_episodes"]
             take_over({**state["own"], "resumed": resumed})

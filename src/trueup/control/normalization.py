@@ -1,7 +1,8 @@
 """Running statistics: observations to mean 0 and spread 1, rewards to returns of spread 1.
 
-A rollout is gathered and learned from with the statistics that it began with, and folded into them afterwards: the
-policy that learns sees each observation as the policy that acted saw it. In evaluation they stay as they are.
+A rollout's observations are shown with the statistics that it began with, and folded into them once it has been learned
+from: the policy that learns sees each observation as the policy that acted saw it. Its rewards, which no policy sees,
+are folded in before they are scaled. In evaluation the statistics stay as they are.
 """
 
 from __future__ import annotations

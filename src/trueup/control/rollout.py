@@ -50,8 +50,7 @@ class Rollout:
     @property
     def num_steps(self) -> int:
         """Steps of each run in its environments, which only reset in some."""
-        taken = self.rewards[0].numel() if self.mask is None else int(self.mask.sum(dim=(1, 2)).max())
-        return taken
+        return self.rewards[0].numel() if self.mask is None else int(self.mask.sum(dim=(1, 2)).max())
 
     @property
     def ended(self) -> Bool[Tensor, "s n t"]:

@@ -104,7 +104,7 @@ class ControlSettings(RecordSettings, Task):
     buffer_size: int = 50_000
     """Steps of experience that are kept (dqn)."""
     learning_starts: int = 1_000
-    """Steps with random actions before the first update (dqn)."""
+    """Steps with random actions before the first update; the share's line falls meanwhile (dqn)."""
     train_every: int = 4
     """Steps between two rounds of updates (dqn)."""
     updates_per_round: int = 1
@@ -116,7 +116,7 @@ class ControlSettings(RecordSettings, Task):
     exploration_last: float = 0.05
     """Share of random actions from --exploration-share on (dqn)."""
     exploration_share: float = 0.2
-    """Part of the run over which the share of random actions falls (dqn)."""
+    """Part of the run over which the share of random actions falls, counted from its first step (dqn)."""
     double: bool = True
     """The network chooses the best next action, its older copy says what it is worth (dqn)."""
     duelling: bool = False
