@@ -62,7 +62,7 @@ class TabularMDP:
         matrix.sum_duplicates()
         matrix.eliminate_zeros()
         index = sparse.get_index_dtype(maxval=max(matrix.nnz, num_states))  # the smallest: products wait for memory
-        matrix.indices, matrix.indptr = matrix.indices.astype(index), matrix.indptr.astype(index)
+        matrix.indices, matrix.indptr = (x.astype(index, copy=False) for x in (matrix.indices, matrix.indptr))
         terminal = np.zeros(num_states, dtype=bool) if terminal is None else np.array(terminal, dtype=bool)
         start = ~terminal / max(1, np.sum(~terminal)) if start is None else np.array(start, dtype=np.float64)
         for name, array in (("start", start), ("terminal", terminal)):
