@@ -50,6 +50,7 @@ class Job:
 TABLE1 = ("HalfCheetah", "Hopper", "InvertedDoublePendulum", "InvertedPendulum", "Reacher", "Swimmer", "Walker2d")
 PAPER = {
     "minibatch_size": 64,
+    "gae_lambda": 0.95,
     "normalize_rewards": False,
     "max_grad_norm": None,
     "observation_clip": 5.0,
