@@ -10,7 +10,7 @@ import pytest
 
 from trueup.errors import DataError
 from trueup.mdp import TabularMDP, exact
-from trueup.mdp.generators import CLIFF, garnet, grid_world, random_mdp
+from trueup.mdp.generators import CLIFF, chain, garnet, grid_world, random_mdp
 from trueup.mdp.planning import (
     Solution,
     best_exploring,
@@ -84,12 +84,42 @@ def test_a_policy_is_followed_while_that_tells_much() -> None:
 
 
 def test_ties_do_not_go_round_for_ever() -> None:
-    mdp = random_mdp(0, num_states=3, num_actions=4, gamma=0.9, episodic=False)
-    same = TabularMDP(
-        transitions=mdp.transition_array[:, [0, 0, 0, 0]], rewards=np.full((3, 4), 0.1), start=mdp.start, gamma=0.9
+    """Every state has a twin, and each action is there twice, leading to one or the other with chances of its own:
+    equal in value, not in floating point. By the largest of the computed values alone nearly all of these go round."""
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        single, earned = rng.dirichlet(np.ones(6), size=(6, 3)), rng.normal(size=(6, 3))
+        share = rng.random((12, 6, 6))
+        doubled = single.repeat(2, 0).repeat(2, 1)
+        transitions = np.stack([doubled * share, doubled * (1 - share)], -1).reshape(12, 6, 12)
+        mdp = TabularMDP(transitions=transitions, rewards=earned.repeat(2, 0).repeat(2, 1), gamma=0.99)
+        found = policy_iteration(mdp, max_sweeps=30)
+        held = exact.values(mdp, found.policy)
+        np.testing.assert_allclose(found.values, modified_policy_iteration(mdp).values, atol=1e-5)
+        assert (found.values - held <= found.regret + found.error).all()
+
+
+def test_what_float64_can_not_bound_is_said() -> None:
+    long = chain(np.linspace(0, 100, 60).tolist(), left=0.4, right=0.4, gamma=0.9999)
+    for planner in (value_iteration, modified_policy_iteration):
+        with pytest.raises(DataError, match="float64 says nothing below"):
+            planner(long, tolerance=1e-7)
+        assert planner(long, tolerance=1e-4).error <= 1e-4
+        for tolerance in (0.0, -1.0, np.nan):
+            with pytest.raises(DataError, match="tolerance is"):
+                planner(long, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_a_policy_that_goes_round_for_nothing_is_no_answer(planner: Callable[..., Solution]) -> None:
+    """To stay costs nothing, to leave costs 1: without a discount staying for ever has the better sum, and no end."""
+    transitions = np.zeros((2, 2, 2))
+    transitions[0, 0, 0] = transitions[0, 1, 1] = 1.0
+    loop = TabularMDP(
+        transitions=transitions, rewards=np.array([[0.0, -1.0], [0, 0]]), gamma=1.0, terminal=np.array([False, True])
     )
-    for planner in PLANNERS:
-        np.testing.assert_allclose(planner(same).values, 1.0, atol=1e-6)
+    with pytest.raises(DataError, match="the episode never ends"):
+        planner(loop)
 
 
 def test_what_has_no_end_is_said() -> None:

@@ -5,14 +5,16 @@ With T the optimal Bellman operator and δ = T v − v, the optimal values lie b
     T v + γ/(1−γ) · min δ  ≤  V*  ≤  T v + γ/(1−γ) · max δ
 
 and so does the value of the policy that is greedy in v (MacQueen 1966; Porteus 1971; Puterman 1994, theorem 6.6.3).
-All methods stop by this bound, not by the size of δ: a process that forgets quickly where it began has a δ that is the
-same in all states long before it is small. Both ends hold where an episode can end, too: δ is 0 in terminal states.
+Value iteration and its modification stop by this bound, not by the size of δ: a process that forgets quickly where it
+began has a δ that is the same in all states long before it is small. Both ends hold where an episode can end, too: δ is
+0 in terminal states. With γ = 1 there is no bound, and a policy that is found has to end: where rewards of 0 go round
+for ever, T v = v has other solutions than the optimal values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.optimize
@@ -22,7 +24,7 @@ from scipy import sparse
 from trueup.errors import DataError
 from trueup.mdp.exact import state_values, values, values_of_actions
 from trueup.mdp.linear import Method
-from trueup.mdp.tabular import TOLERANCE, Rows, TabularMDP, chain_of
+from trueup.mdp.tabular import TOLERANCE, Rows, TabularMDP, chain_of, check_terminates
 
 EVALUATED_TO = 0.1
 """Modified policy iteration evaluates a policy until what is left of its own residual's spread is this share of the
@@ -56,7 +58,8 @@ def value_iteration(
     """v ← max_a R(s, a) + γ · Σ_s' P(s'|s, a) · v(s'), until the error's bound is at most ``tolerance``.
 
     With γ = 1 until no value changes by more than ``tolerance``, with no bound. Raises ``DataError`` if that doesn't
-    happen within ``max_sweeps``. Source: Bellman 1957; Puterman 1994, §6.3 and 6.6.
+    happen within ``max_sweeps``, if float64 can't bound the error so well, if the policy never ends with γ = 1, and for
+    a ``tolerance`` that isn't positive. Source: Bellman 1957; Puterman 1994, §6.3 and 6.6.
     """
     return _improve(mdp, tolerance, max_sweeps, 0, progress)
 
@@ -81,6 +84,8 @@ def modified_policy_iteration(
 def _improve(
     mdp: TabularMDP, tolerance: float, max_sweeps: int, max_evaluations: int, progress: Progress | None
 ) -> Solution:
+    if not tolerance > 0:
+        raise DataError(f"tolerance is {tolerance}", way_out="it has to be positive")
     v = mdp.expected_rewards.max(-1)  # T 0, which takes no transitions
     policy = np.full(mdp.num_states, -1)
     chain: tuple[Rows, np.ndarray] | None = None
@@ -94,7 +99,12 @@ def _improve(
         if progress is not None:
             progress(sweep, left)
         if left <= tolerance:
-            return solution
+            return _ending(mdp, solution)
+        if solution.error < 2 * (floor := _rounding(mdp, improved)):
+            raise DataError(
+                f"the error is at most {solution.error:.1e}, and float64 says nothing below {floor:.1e}",
+                way_out="raise the tolerance, or lower gamma",
+            )
         v = improved
         if not max_evaluations:
             continue
@@ -121,19 +131,31 @@ def _spread(delta: np.ndarray) -> float:
     return float(delta.max() - delta.min())
 
 
-def _bounded(mdp: TabularMDP, improved: np.ndarray, policy: np.ndarray, delta: np.ndarray, sweeps: int) -> Solution:
-    """The middle of the two bounds, and half their distance with what float64 loses in the sums behind δ; where γ = 1
-    the values as they are."""
-    residual = float(np.abs(delta).max())
+def _rounding(mdp: TabularMDP, improved: np.ndarray) -> float:
+    """What of the error's bound is due to what float64 may lose in the sums behind δ; NaN with γ = 1."""
     longest_sum = int(np.diff(mdp.transitions.indptr).max(initial=0)) + 2
     lost = longest_sum * np.finfo(np.float64).eps * float(np.abs(improved).max())
+    return np.nan if mdp.gamma == 1 else lost / (1 - mdp.gamma)
+
+
+def _ending(mdp: TabularMDP, solution: Solution) -> Solution:
+    """The solution, if with γ = 1 its policy ends."""
+    if mdp.gamma == 1:
+        check_terminates(mdp, chain_of(mdp, solution.policy)[0])
+    return solution
+
+
+def _bounded(mdp: TabularMDP, improved: np.ndarray, policy: np.ndarray, delta: np.ndarray, sweeps: int) -> Solution:
+    """The middle of the two bounds, and half their distance with what float64 loses; where γ = 1 the values as they
+    are. The policy is the greedy one."""
+    residual, rounding = float(np.abs(delta).max()), _rounding(mdp, improved)
     factor = np.nan if mdp.gamma == 1 else mdp.gamma / (1 - mdp.gamma)
     shift = 0.0 if mdp.gamma == 1 else factor * (delta.max() + delta.min()) / 2
     return Solution(
         values=np.where(mdp.terminal, 0.0, improved + shift),
         policy=policy,
-        error=factor * _spread(delta) / 2 + (1 + factor) * lost,
-        regret=factor * _spread(delta) + 2 * (1 + factor) * lost,
+        error=factor * _spread(delta) / 2 + rounding,
+        regret=factor * _spread(delta) + 2 * rounding,
         residual=residual,
         sweeps=sweeps,
     )
@@ -161,7 +183,9 @@ def policy_iteration(
         if progress is not None:
             progress(sweep, solution.residual if mdp.gamma == 1 else solution.error)
         if np.array_equal(improved, policy):
-            return solution
+            # The policy held isn't the greedy one where they tie but for rounding: by V* − V_π ≤ max δ/(1 − γ).
+            regret = np.nan if mdp.gamma == 1 else (q.max(-1) - v).max() / (1 - mdp.gamma) + _rounding(mdp, v)
+            return replace(solution, regret=float(regret))
         policy = improved
     raise DataError(f"still improving after {max_sweeps} policies", way_out="raise max_sweeps")
 
@@ -195,7 +219,8 @@ def linear_program(mdp: TabularMDP) -> Solution:
 
         minimise Σ_s V(s)   subject to   V(s) ≥ R(s, a) + γ · Σ_s' P(s'|s, a) · V(s')   for all s, a
 
-    Raises ``DataError`` if there is no solution. Source: d'Epenoux 1963; Puterman 1994, §6.9.
+    Raises ``DataError`` if there is no solution, or if with γ = 1 the policy never ends.
+    Source: d'Epenoux 1963; Puterman 1994, §6.9.
     """
     identity: Rows = sparse.kron(sparse.eye_array(mdp.num_states), np.ones((mdp.num_actions, 1)), format="csr")
     found = scipy.optimize.linprog(
@@ -210,4 +235,4 @@ def linear_program(mdp: TabularMDP) -> Solution:
             f"the linear program has no solution: {found.message}", way_out="use gamma < 1, or rewards that end"
         )
     q = values_of_actions(mdp, found.x)
-    return _bounded(mdp, q.max(-1), q.argmax(-1), q.max(-1) - found.x, 1)
+    return _ending(mdp, _bounded(mdp, q.max(-1), q.argmax(-1), q.max(-1) - found.x, 1))
