@@ -246,14 +246,14 @@ def test_clipped_surrogate_anywhere(log_ratio: float, advantage: float, low: flo
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="clip can't be negative"):
+    with pytest.raises(ValueError, match="clip must not be negative"):
         derivatives.clipped_value_loss(t(0), t(0), t(0), clip=-1.0)
     with pytest.raises(ValueError, match="by_kl needs old_logprobs"):
         derivatives.softmax(t(0, 0), torch.tensor(0), by_logprobs=t(0)[0], by_kl=t(0)[0])
     with pytest.raises(ValueError, match="by_kl needs old"):
         derivatives.gaussian(t(0), t(0), t(0), by_logprobs=t(0)[0], by_kl=t(0)[0])
     for delta in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="delta has to be positive"):
+        with pytest.raises(ValueError, match="delta must be positive"):
             derivatives.huber_value_loss(t(0), t(0), delta=delta)
     for low, high in ((-0.1, 0.2), (1.1, 0.2), (0.2, -0.1)):
         with pytest.raises(ValueError, match="clip_low"):

@@ -73,5 +73,8 @@ def test_integrals_over_the_density(seed: int) -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="values has the shape"):
         gaussian_logprobs.__wrapped__(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(1, 3))
+    for function, others in ((gaussian_logprobs, [torch.zeros(2, 3)]), (gaussian_kl, [torch.zeros(2, 3)] * 2)):
+        with pytest.raises(ValueError, match="log_std has the shape"):
+            function.__wrapped__(torch.zeros(2, 3), torch.zeros(2, 1), *others)
     with pytest.raises(ValueError, match="other_mean has the shape"):
         gaussian_kl.__wrapped__(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(1, 3), torch.zeros(2, 3))

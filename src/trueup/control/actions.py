@@ -28,6 +28,8 @@ from trueup.objectives.gaussian import gaussian_entropy, gaussian_kl, gaussian_l
 from trueup.objectives.logprobs import entropy
 
 Parameters = tuple[Tensor, ...]
+_SMALLEST = np.finfo(np.float32).tiny
+"""In float32 an exponential draw is exactly 0 once in some millions."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Choices:
 
     def noise(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         """Gumbel noise: the largest of logits + noise is a sample of their softmax (Gumbel 1954)."""
-        return -np.log(rng.standard_exponential((*shape, self.num_outputs), dtype=np.float32))
+        drawn = rng.standard_exponential((*shape, self.num_outputs), dtype=np.float32)
+        return -np.log(np.maximum(drawn, _SMALLEST))
 
     def act(self, outputs: np.ndarray, noise: np.ndarray | None, log_std: np.ndarray | None = None) -> np.ndarray:
         """A sample, [..., K]; without noise the most probable action."""
@@ -122,8 +125,7 @@ class Gaussian:
         π(a|s) = Π_k N(a_k; μ_k(s), σ_k²)
 
     Parameters: the means, and log σ of all states. Actions are stored as they were drawn. Only what the environment
-    gets is clipped to its bounds: the log-prob is that of the draw, of which the environment's clipping is a part that
-    the policy doesn't know.
+    gets is clipped to its bounds: clipping belongs to the environment, the log-prob is the draw's.
     """
 
     low: np.ndarray

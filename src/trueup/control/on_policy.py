@@ -106,7 +106,7 @@ def learn(training: Training, surrogate: Surrogate, batch: Batch) -> None:
         for minibatch in shuffled.split(num_batches):
             surrogate.differentiate(minibatch, network)
             training.learner.step()
-        if settings.kl_stop is not None and bool((surrogate.measure(batch, network)["kl"] > settings.kl_stop).any()):
+        if settings.kl_stop is not None and bool((surrogate.kl(batch, network) > settings.kl_stop).any()):
             break
 
 

@@ -47,8 +47,8 @@ MUJOCO = {
     "normalize_observations": True,
     "normalize_rewards": True,
 }
-"""PPO on MuJoCo: Schulman et al. 2017 (arXiv 1707.06347), table 3, with the running normalisation of later versions, and
-λ as Andrychowicz et al. 2021 ("What matters in on-policy reinforcement learning?", arXiv 2006.05990) advise."""
+"""PPO on MuJoCo: Schulman et al. 2017 (arXiv 1707.06347), table 3, with the running normalisation of later versions,
+and λ as Andrychowicz et al. 2021 ("What matters in on-policy reinforcement learning?", arXiv 2006.05990) advise."""
 
 ENVIRONMENTS: dict[tuple[str, str], dict[str, Any]] = {
     ("ppo", "CartPole"): {

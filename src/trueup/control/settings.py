@@ -155,9 +155,10 @@ class ControlSettings(RecordSettings, Task):
         check_range(self, "learning_rate", above=0, below=math.inf)
         for name in (
             *("max_grad_norm", "kl_target", "kl_stop", "observation_clip", "reward_clip", "optimizer_eps"),
-            *("clip", "huber_delta"),
+            "huber_delta",
         ):
             check_range(self, name, above=0)
+        check_range(self, "clip", above=0, at_most=1)
         for name in (
             *("gamma", "gae_lambda", "exploration_first", "exploration_last", "exploration_share", "priority_beta"),
         ):
@@ -184,6 +185,12 @@ class ControlSettings(RecordSettings, Task):
             raise SettingsError(f"has no effect on {self.algorithm}", where="--surrogate", way_out="--algorithm ppo")
         if self.algorithm == "ppo" and self.surrogate == "reinforce":
             raise SettingsError("is not PPO's", where="--surrogate", way_out="--algorithm a2c")
+        if self.algorithm in ("reinforce", "a2c") and self.num_epochs > 1:
+            raise SettingsError(
+                f"{self.algorithm} learns from each step once: its loss holds for the policy that sampled only",
+                where="--num-epochs",
+                way_out="--num-epochs 1, or --algorithm ppo",
+            )
         check_used(self, self.surrogate == "clip", "--surrogate clip", "clip", "clip_schedule")
         check_used(self, self.surrogate in ("kl", "adaptive_kl"), "--surrogate kl or adaptive_kl", "kl_coef")
         check_used(self, self.surrogate == "adaptive_kl", "--surrogate adaptive_kl", "kl_target")

@@ -42,7 +42,7 @@ class Batch:
         )
 
     def split(self, num_parts: int) -> list[Batch]:
-        """As many equal parts, one after the other; what is left over goes to the last ones."""
+        """As many parts, one after the other, whose lengths differ by 1 at most."""
         bounds = np.linspace(0, self.returns.shape[1], num_parts + 1).astype(int)
         return [
             self._each(lambda x, start=start, length=end - start: x.narrow(1, start, length))
@@ -154,6 +154,11 @@ class Surrogate:
             by_values = self.value_loss(values, batch, derivative=True) * share * settings.value_coef
             by_outputs.append(by_values.unsqueeze(-1).numpy())
         network.backward(passed, by_outputs, errors[1].numpy() if len(errors) > 1 else None)
+
+    def kl(self, batch: Batch, network: Network) -> Float[Tensor, " s"]:
+        """Mean KL[π_old, π] of each run: how far the update has gone."""
+        parameters, _ = at(network, self.actions, batch.observations)
+        return _mean(self.actions.kl(batch.old_parameters, parameters), batch.mask)
 
     def measure(self, batch: Batch, network: Network) -> dict[str, Float[Tensor, " s"]]:
         """What an update has done to each run: distances between the policies before and after, losses, entropy."""

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from scipy import sparse
 
 from trueup.errors import DataError
-from trueup.mdp.tabular import Rows
+from trueup.mdp.tabular import Rows, check_choice
 
 Method = Literal["auto", "dense", "lu", "krylov"]
 
@@ -40,6 +40,7 @@ def solve_chain(
 
     Raises ``DataError`` if the system is singular, or if a Krylov method that was asked for doesn't converge.
     """
+    check_choice("method", method, Method)
     if method == "auto":
         method = _suited(chain)
         if method == "krylov":

@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trueup.objectives import policy_gradient
-from trueup.objectives.shapes import require_same_shape
+from trueup.objectives.gaussian import require_spread
+from trueup.objectives.shapes import require_not_negative, require_positive, require_same_shape
 
 
 def reinforce(logprobs: Float[Tensor, "*batch"], advantages: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
@@ -63,8 +64,7 @@ def clipped_value_loss(
 
     Shapes: [...], alike. Raises ``ValueError`` as ``clipped_value_loss``. Source: as there.
     """
-    if clip < 0:
-        raise ValueError(f"clip can't be negative, as {clip} is")
+    require_not_negative("clip", clip)
     require_same_shape(values, old_values=old_values, returns=returns)
     moved, error = values - old_values, values - returns
     near = moved.clamp(-clip, clip) + (old_values - returns)
@@ -78,8 +78,7 @@ def huber_value_loss(
 
     Shapes: [...], alike. Raises ``ValueError`` if they differ or δ isn't positive. Source: Huber 1964.
     """
-    if not delta > 0:
-        raise ValueError(f"delta has to be positive, not {delta}")
+    require_positive("delta", delta)
     return value_loss(values, returns).clamp(-delta, delta)
 
 
@@ -100,6 +99,8 @@ def softmax(
     ``by_kl`` needs ``old_logprobs``, which take no part in it: it raises ``ValueError`` without. Shapes: these
     [..., V], all others [...]. Of ``logprobs.token_logprobs``, ``logprobs.entropy`` and ``divergence.categorical_kl``.
     """
+    require_same_shape(targets, by_logprobs=by_logprobs, by_entropy=by_entropy, by_kl=by_kl)
+    require_same_shape(logprobs, old_logprobs=old_logprobs)
     probabilities = logprobs.exp()
     error = probabilities * -by_logprobs.unsqueeze(-1)
     error.scatter_add_(-1, targets.unsqueeze(-1), by_logprobs.unsqueeze(-1))
@@ -132,6 +133,9 @@ def gaussian(
     ``by_kl`` needs ``old``, mean and log σ, which take no part in it: it raises ``ValueError`` without. Shapes: as the
     functions of ``gaussian`` have them, whose derivatives these are.
     """
+    require_same_shape(mean, values=values)
+    require_spread(mean, log_std=log_std)
+    require_same_shape(by_logprobs, by_entropy=by_entropy, by_kl=by_kl)
     inverse = torch.exp(-log_std)
     scaled = (values - mean) * inverse
     by_logprobs = by_logprobs.unsqueeze(-1)

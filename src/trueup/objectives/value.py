@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from trueup.objectives.shapes import require_same_shape
+from trueup.objectives.shapes import require_not_negative, require_positive, require_same_shape
 
 
 def explained_variance(values: Float[Tensor, "*batch"], returns: Float[Tensor, "*batch"]) -> Float[Tensor, ""]:
@@ -56,8 +56,7 @@ def clipped_value_loss(
     Source: OpenAI's baselines, as documented in Huang et al. 2022 ("The 37 implementation details of proximal policy
     optimization").
     """
-    if clip < 0:
-        raise ValueError(f"clip can't be negative, as {clip} is")
+    require_not_negative("clip", clip)
     old = old_values.detach()
     near = old + _error(values, old).clamp(-clip, clip)
     return 0.5 * torch.maximum(_error(values, returns).square(), _error(near, returns).square())
@@ -74,8 +73,7 @@ def huber_value_loss(
     ``delta`` in units of the returns. Shapes: [...], alike. Raises ``ValueError`` if they differ or δ isn't positive.
     Source: Huber 1964; in deep RL Mnih et al. 2015 (DQN's error clipping).
     """
-    if not delta > 0:
-        raise ValueError(f"delta has to be positive, not {delta}")
+    require_positive("delta", delta)
     size = _error(values, returns).abs()
     return torch.where(size <= delta, 0.5 * size.square(), delta * (size - 0.5 * delta))
 
