@@ -46,9 +46,7 @@ class Report:
         """Print all tables; one of single states if there are no more than so many."""
         if self.of_states:
             show(self.distances())
-            print(
-                "±: standard error. A mean further off than twice its standard error says: the method is biased so far.\n"
-            )
+            print("±: standard error. A mean further off than twice its standard error: the method is biased so far.\n")
             if acted.sum() <= most_states:
                 show(self.values(acted))
         if self.of_returns:
