@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ BATCHES: dict[str, list[Job]] = {
         Job("mujoco", env, f"{env}-v5", 1_000_000, (1, 2, 3, 4, 5)) for env in ("HalfCheetah", "Hopper", "Walker2d")
     ],
     "table1": [
-        Job("table1", f"{env}-{name}", f"{env}-v5", 300_000, (1, 2, 3), PAPER | surrogate)
+        Job("table1", f"{env}-{name}", f"{env}-v5", 300_000, (1, 2, 3, 4, 5), PAPER | surrogate)
         for env in TABLE1
         for name, surrogate in SURROGATES.items()
     ],
@@ -98,12 +98,12 @@ def main() -> None:
             for seed in job.seeds:
                 if not job.result("cleanrl", seed).exists():
                     theirs(job, seed, arguments.cleanrl, arguments.python)
-        elif not all(job.result("trueup", seed).exists() for seed in job.seeds):
-            ours(job)
+        elif missing := tuple(seed for seed in job.seeds if not job.result("trueup", seed).exists()):
+            ours(replace(job, seeds=missing))
 
 
 def ours(job: Job) -> None:
-    """All seeds of the job side by side, with an evaluation of 100 episodes behind them."""
+    """All seeds of the job that are missing side by side, with an evaluation of 100 episodes behind them."""
     import torch
 
     from trueup.control.presets import preset
@@ -113,7 +113,7 @@ def ours(job: Job) -> None:
 
     torch.set_num_threads(1)
     algorithm = job.settings.get("algorithm", "ppo")
-    output = RUNS / job.batch / job.name
+    output = RUNS / job.batch / "-".join([job.name, *map(str, job.seeds)])
     settings = (
         preset(algorithm, job.env)
         | job.settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -90,6 +92,9 @@ def test_table_1_is_scored_as_in_the_paper(modules: Any, monkeypatch: pytest.Mon
     assert float(none[3]) == pytest.approx(-0.05)
     assert float(clip[3]) == pytest.approx(0.775, abs=0.006)
     assert none[none.index("paper") + 1] == "-0.39"
+    # variances within environments 0.02 and 0.02, so √(0.02/4) with 2 degrees of freedom
+    half = stats.t.ppf(0.975, 2) * math.sqrt(0.02 / 4)
+    assert float(none[4].strip("(")) == pytest.approx(-0.05 - half, abs=0.006)
 
 
 @pytest.mark.parametrize("side", ["trueup"])
