@@ -43,12 +43,10 @@ MUJOCO = {
     "rollout_steps": 2048,
     "minibatch_size": 64,
     "num_epochs": 10,
-    "gae_lambda": 0.9,
     "normalize_observations": True,
     "normalize_rewards": True,
 }
-"""PPO on MuJoCo: Schulman et al. 2017 (arXiv 1707.06347), table 3, with the running normalisation of later versions,
-and λ as Andrychowicz et al. 2021 ("What matters in on-policy reinforcement learning?", arXiv 2006.05990) advise."""
+"""PPO on MuJoCo: Schulman et al. 2017 (arXiv 1707.06347), table 3, with the running normalisation of later versions."""
 
 ENVIRONMENTS: dict[tuple[str, str], dict[str, Any]] = {
     ("ppo", "CartPole"): {
@@ -74,9 +72,11 @@ ENVIRONMENTS: dict[tuple[str, str], dict[str, Any]] = {
         ("ppo", name): MUJOCO
         for name in (
             *("HalfCheetah", "Hopper", "InvertedDoublePendulum", "InvertedPendulum", "Reacher", "Swimmer"),
-            *("Walker2d", "Ant", "Humanoid", "HumanoidStandup", "Pusher"),
+            *("Ant", "Humanoid", "HumanoidStandup", "Pusher"),
         )
     },
+    # λ as Andrychowicz et al. 2021 advise (arXiv 2006.05990); HalfCheetah does better with the paper's 0.95.
+    ("ppo", "Walker2d"): MUJOCO | {"gae_lambda": 0.9},
     ("dqn", "CartPole"): {
         "total_steps": 100_000,
         "learning_rate": 1e-3,
