@@ -60,8 +60,8 @@ def main() -> None:
             for side, runs in outcomes.items():
                 seconds = [run["seconds"] for run in runs]
                 print(
-                    f"{num_states:9,} states  {side:12} {statistics.median(seconds):8.3f} s "
-                    f"({min(seconds):.3f}-{max(seconds):.3f})  error {max(run['error'] for run in runs):.1e}  "
+                    f"{num_states:9,} states  {side:12} {statistics.median(seconds):8.4f} s "
+                    f"({min(seconds):.4f}-{max(seconds):.4f})  error {max(run['error'] for run in runs):.1e}  "
                     f"peak {max(run['gib'] for run in runs):.1f} GiB",
                     flush=True,
                 )
