@@ -193,6 +193,8 @@ def test_what_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         ({"algorithm": "dqn", "gae_lambda": 0.5}, "--gae-lambda"),
         ({"reward_clip": 5.0}, "--reward-clip"),
         ({"vectorization": "threads"}, "--vectorization"),
+        ({"clip": 1.5}, "--clip"),
+        ({"algorithm": "a2c", "surrogate": "reinforce", "num_epochs": 2}, "--num-epochs"),
     ],
 )
 def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:

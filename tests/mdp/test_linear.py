@@ -62,3 +62,8 @@ def test_what_has_no_single_solution_is_said(method: linear.Method) -> None:
 def test_nothing_to_earn_is_worth_nothing() -> None:
     steps = CHAINS["random"]
     assert not solve_chain(steps, 0.9, np.zeros(steps.shape[0]), method="krylov").any()
+
+
+def test_a_method_that_there_is_not() -> None:
+    with pytest.raises(DataError, match="method"):
+        solve_chain(CHAINS["random"], 0.9, np.ones(CHAINS["random"].shape[0]), method="LU")  # type: ignore[arg-type]
