@@ -52,7 +52,7 @@ def summary() -> Iterator[str]:
                         mean, _, high = mean_interval(scores)
                         half = f"± {high - mean:,.1f}" if len(scores) > 1 else ""
                         own = ", ".join(f"{score:,.1f}" for score in scores)
-                        yield (f"{job.batch:9} {job.name:40} {side:8} {what:12} {mean:10,.1f} {half:10} ({own})")
+                        yield f"{job.batch:9} {job.name:40} {side:8} {what:12} {mean:10,.1f} {half:10} ({own})"
 
 
 def table1() -> Iterator[str]:

@@ -210,7 +210,8 @@ def load_agent(name: str) -> Agent:
     path = Path(name)
     if not path.is_dir():
         configs = sorted(Path("runs").glob("*/config.yaml"), key=lambda config: config.stat().st_mtime)
-        found = [config.parent for config in configs if values_from_yaml(config.read_text()).get("env") == name]
+        texts = {config.parent: config.read_text(encoding="utf-8") for config in configs}
+        found = [run for run, text in texts.items() if values_from_yaml(text).get("env") == name]
         if not found:
             raise ModelError(
                 "is neither a run folder nor an environment that a run in runs/ learned",

@@ -165,15 +165,18 @@ class Surrogate:
         parameters, values = at(network, self.actions, batch.observations)
         logprobs = self.actions.logprobs(parameters, batch.actions)
         kl = self.actions.kl(batch.old_parameters, parameters)
-        policy_loss = self.policy_loss(logprobs, batch)
+        ratio = policy_gradient.ratio(logprobs, batch.old_logprobs)
         steps: dict[str, Tensor] = {
-            "policy_loss": policy_loss + self.kl_coef * kl if self.penalizes else policy_loss,
+            "policy_loss": self.policy_loss(logprobs, batch),
             "entropy": self.actions.entropy(parameters),
             "kl": kl,
             "approx_kl": k3_of_old(logprobs, batch.old_logprobs),
         }
+        if self.penalizes:
+            steps["policy_loss"] = policy_gradient.kl_penalized_surrogate(
+                ratio, batch.advantages, kl, kl_coef=self.kl_coef
+            )
         if self.settings.surrogate == "clip":
-            ratio = policy_gradient.ratio(logprobs, batch.old_logprobs)
             steps["clip_fraction"] = policy_gradient.clipped(ratio, batch.advantages, **self.clips).to(ratio.dtype)
         if self.settings.baseline:
             steps["value_loss"] = self.value_loss(values, batch)
