@@ -1,4 +1,4 @@
-"""What the commands of ``trueup mdp`` share: mistakes in the process and the picture, progress, numbers, files."""
+"""What the commands of ``trueup mdp`` share: mistakes in the process and the picture, progress, files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from trueup.cli.main import main
-from trueup.cli.mdp_process import rounded, watching
+from trueup.cli.mdp_process import watching
 from trueup.runs.progress import RunProgress
 
 COMMANDS = ("solve", "estimate", "learn")
@@ -69,7 +69,3 @@ def test_halves_are_told_on_the_way() -> None:
     assert told[:2] == ["td: 30% · distance 0.3333", "td: 50% · distance 0.2"]
     assert told[2].startswith("td step 1000/1000 · distance 0.1 · ")
     assert len(told) == 3
-
-
-def test_rounded() -> None:
-    assert [rounded(number) for number in (220.4, 0.0123, 2.8e-15, 15.0)] == ["220", "0.012", "0", "15"]

@@ -102,7 +102,7 @@ def train(settings: ControlSettings) -> None:
 
 def evaluate(settings: EvalSettings) -> None:
     """Print a line for each agent."""
-    from trueup.cli.mdp_process import show, table_of
+    from trueup.cli.tables import show, table_of
     from trueup.control.environments import make_environments
     from trueup.control.evaluation import evaluate as play
     from trueup.runs.progress import RunProgress

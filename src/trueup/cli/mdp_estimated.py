@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trueup.cli import mdp_figures
-from trueup.cli.mdp_process import rounded, show, table_of
+from trueup.cli.tables import rounded, show, table_of
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from trueup.cli import mdp_figures
-from trueup.cli.mdp_process import ExperienceSettings, begin, episode_length, rounded, show, table_of, uniform, watching
+from trueup.cli.mdp_process import ExperienceSettings, begin, episode_length, uniform, watching
+from trueup.cli.tables import rounded, show, table_of
 from trueup.errors import DataError, SettingsError
 from trueup.runs.settings import check_range, check_used
 

@@ -1,4 +1,4 @@
-"""What the commands of ``trueup mdp`` share: the process and its settings, progress, tables and files."""
+"""What the commands of ``trueup mdp`` share: the process and its settings, progress and files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from trueup.runs.settings import check_choices, check_range
 
 if TYPE_CHECKING:
     import numpy as np
-    from rich.table import Table
 
     from trueup.mdp import TabularMDP
     from trueup.mdp.estimation import Look
@@ -163,31 +162,6 @@ def watching(progress: RunProgress, total: int, measured: Callable[[np.ndarray],
             progress.say(f"{progress.title}: {done / total:.0%} · {shown}")
 
     return look
-
-
-def table_of(*columns: str, title: str | None = None) -> Table:
-    """An empty table: the first column to the left, numbers to the right."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(columns[0], title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in columns[1:]:
-        table.add_column(name, justify="right")
-    return table
-
-
-def show(table: Table) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120  # a file has no width to fit into
-    console.print(table)
-
-
-def rounded(number: float) -> str:
-    """Two digits, without an exponent where it can be; what float64 loses in a sum counts as 0."""
-    return f"{float(f'{number:.2g}'):g}" if abs(number) > 1e-12 else "0"
 
 
 def write(file: str, content: bytes, setting: str) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from trueup.cli import mdp_figures
-from trueup.cli.mdp_process import ProcessSettings, begin, show, table_of, uniform, write
+from trueup.cli.mdp_process import ProcessSettings, begin, uniform, write
+from trueup.cli.tables import show, table_of
 from trueup.errors import SettingsError
 from trueup.runs.settings import check_range, check_used
 
